@@ -1,0 +1,99 @@
+"""Download and verify released weights.
+
+    python download_models.py --list                          what there is, how large, what is here
+    python download_models.py --wan_version 2.1               Wan2.1-T2V-14B, Stand-In, face detector and parser
+    python download_models.py --wan_version 2.2               the same for Wan2.2-T2V-A14B
+    python download_models.py --vace                          Wan2.1 with VACE-14B, which holds the base too
+    python download_models.py --only wan2.1-t2v-1.3B tiny.yaml
+    python download_models.py --only wan2.2-ti2v-5B --dry_run   sizes only
+
+Broken downloads go on where they stopped: run the same command again. Files that are here and whole are not fetched
+again. HF_ENDPOINT names a mirror, HF_TOKEN an account, HF_HUB_OFFLINE=1 only looks at what is here.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from configs import file_patterns, known_configs, load_config
+from errors import UsageError, exit_codes
+
+logger = logging.getLogger("selfsame")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="list the known models and stop")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="models by name, or .yaml files like those in configs/"
+    )
+    parser.add_argument(
+        "--wan_version",
+        choices=["2.1", "2.2"],
+        help="all that identity-preserving text-to-video needs; 2.1 if nothing else is asked for",
+    )
+    parser.add_argument("--vace", action="store_true", help="with VACE-14B as the base (Wan2.1 only)")
+    parser.add_argument("--dest", type=Path, default=Path("checkpoints"), help="root folder (default: checkpoints)")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be fetched, and whether the disk has room"
+    )
+    return parser.parse_args(argv)
+
+
+def wanted_configs(args: argparse.Namespace) -> list[dict]:
+    """The configs the arguments ask for, each once, in the order of the download."""
+    names = list(args.only)
+    version = args.wan_version or ("2.1" if args.vace or not names else None)
+    if version:
+        if args.vace and version != "2.1":
+            raise UsageError(f"--vace: there is no VACE base for --wan_version {version}; use 2.1")
+        stand_in = load_config(f"stand-in-wan{version}")
+        base = "wan2.1-vace-14B" if args.vace else stand_in["base"]["name"]
+        names += [base, stand_in["name"], *stand_in["needs"]]
+    configs = [load_config(name) for name in dict.fromkeys(names)]
+    for config in configs:
+        if "dest" not in config:
+            raise UsageError(f"--only {config['name']}: nothing to download for it")
+    return configs
+
+
+def print_list(root: Path) -> None:
+    print(f"{'name':<24}{'GiB':>7}  {'state':<9}{'folder':<44}description")
+    for config in map(load_config, known_configs()):
+        if "dest" not in config:
+            continue
+        folder = root / config["dest"]
+        here = [any(folder.glob(pattern)) for pattern in file_patterns(config)]
+        state = "here" if all(here) else "partly" if any(here) else "-"
+        print(f"{config['name']:<24}{config['approx_gib']:>7.1f}  {state:<9}{folder!s:<44}{config['description']}")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.list:
+        return print_list(args.dest)
+    configs = wanted_configs(args)
+
+    from models.downloads import check_disk, damage, download, list_files, only_download
+
+    files = [file for config in configs for file in list_files(config, args.dest)]
+    logger.info("checking %d files (%.2f GiB) in %s", len(files), sum(f.size for f in files) / 2**30, args.dest)
+    missing = []
+    for file in files:
+        if (wrong := damage(file, file.path)) is not None:
+            logger.info("to fetch: %s, %.2f GiB (%s)", file.path, file.size / 2**30, wrong)
+            missing.append(file)
+    needed = check_disk(missing, args.dest)
+    if args.dry_run or not missing:
+        logger.info("%d files to fetch, %.2f GiB", len(missing), needed / 2**30)
+        return None
+    with only_download(args.dest):
+        for file in missing:
+            download(file)
+    logger.info("%d files fetched and verified, %d were here", len(missing), len(files) - len(missing))
+    return None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with exit_codes():
+        main(parse_args())

@@ -1,0 +1,52 @@
+"""Identity-preserving text-to-video: one face photo and a prompt in, a video of that person out.
+
+    python infer.py                                                    the tiny untrained model on the photo in assets/
+    python infer.py --wan_version 2.1 --ip_image me.jpg --prompt "A woman reads in a garden"
+    python infer.py --wan_version 2.2 --ip_image me.jpg --prompt @prompts.txt --seed 0 1 2
+    python infer.py --wan_version 2.1 --ip_image anna.jpg ben.jpg --prompt "A woman and a man dance"
+    python infer.py --config out.json --output again.mp4               the run that wrote out.json, once more
+    torchrun --nproc_per_node 4 infer.py … --prompt @prompts.txt       prompts split over four processes
+    torchrun --nproc_per_node 4 infer.py … --ulysses_degree 4          one video on four GPUs
+
+Weights: python download_models.py --wan_version 2.1. A run that was stopped goes on when the command is repeated.
+"""
+
+import argparse
+
+from errors import run_script
+from pipelines.arguments import add_common_arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    from pipelines.jobs import list_jobs
+    from pipelines.settings import resolve_settings
+
+    # Everything that can be refused without torch is refused before it is imported.
+    settings, config = resolve_settings(args)
+    jobs = list_jobs(settings)
+
+    from pipelines.distributed import start_processes
+    from pipelines.text_to_video import VideoMaker, prepare_faces
+    from pipelines.wan import Wan
+
+    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    wan = Wan(settings, config, processes)
+    jobs = processes.own(jobs)
+    wan.check()
+
+    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+    maker = VideoMaker(wan, text, faces)
+    for job in jobs:
+        print(maker.make(job))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

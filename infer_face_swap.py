@@ -1,0 +1,68 @@
+"""Swap a face in a video: the photo's person in place of the video's, everything else as it was.
+
+    python infer_face_swap.py                              the tiny untrained model on a short clip of assets/face.png
+    python infer_face_swap.py --wan_version 2.1 --ip_image me.jpg --input_video walk.mp4 \\
+        --prompt "A woman walks along a beach" --force_background_consistency
+    python infer_face_swap.py … --denoising_strength 0.7   closer to the pasted photo (0.85); 1 keeps nothing of it
+    python infer_face_swap.py … --target_face_index 0      whom to replace: from the left, in the first frame with faces
+    python infer_face_swap.py --config out.json --output again.mp4
+
+Size, length, rate and sound are the input video's. Without --force_background_consistency the model redraws the whole
+picture while the face is in it; with it, all pixels away from the face stay the input's. Longer videos are worked on in
+overlapping windows of --num_frames. Weights: python download_models.py --wan_version 2.1.
+"""
+
+import argparse
+
+from errors import run_script
+from pipelines.arguments import add_common_arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    swap = parser.add_argument_group("face swap")
+    swap.add_argument("--input_video", metavar="FILE", help="the video whose face is replaced")
+    swap.add_argument(
+        "--denoising_strength", type=float, help="above 0, to 1: how far the pasted face may change (0.85)"
+    )
+    swap.add_argument(
+        "--force_background_consistency",
+        action="store_true",
+        default=None,
+        help="keep the input's own pixels outside the face",
+    )
+    swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from pipelines.face_swap_settings import resolve_face_swap
+    from pipelines.jobs import list_jobs
+
+    # Everything that can be refused without torch is refused before it is imported.
+    settings, config, info = resolve_face_swap(args)
+    jobs = list_jobs(dataclasses.replace(settings, num_frames=info.num_frames))  # room for the whole video
+
+    from pipelines.distributed import start_processes
+    from pipelines.face_swap import FaceSwapMaker, open_swap_video
+    from pipelines.wan import Wan
+
+    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    wan = Wan(settings, config, processes)
+    jobs = processes.own(jobs)
+    wan.check()
+
+    output = jobs[0].output if jobs and processes.writes else None
+    video = open_swap_video(settings, info, 2 * wan.transformer_config.vae_spatial_factor, output)
+    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+    maker = FaceSwapMaker(wan, text, video, info)
+    for job in jobs:
+        print(maker.make(job))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,56 @@
+"""Identity-preserving text-to-video with community LoRAs on the base model: a style, a motion, four steps for fifty.
+
+    python infer_with_lora.py --wan_version 2.1 --ip_image me.jpg --prompt "A woman reads in a garden" \\
+        --lora_path ghibli.safetensors --lora_scale 0.8
+    … --lora_path style.safetensors motion.safetensors --lora_scale 0.8 0.5     several, each with its scale
+    … --lora_path lightx2v.safetensors --lora_config lora-lightx2v-4step        distilled: brings its steps and guidance
+    … --wan_version 2.2 --lora_path_high a.safetensors --lora_path_low b.safetensors       one for each expert
+    … --lora_path style.safetensors --fp8                                       computed beside the weights, not merged
+    python infer_with_lora.py --config out.json --output again.mp4              the run that wrote out.json, once more
+
+Any dialect is read: ComfyUI, PEFT, DiffSynth, kohya and musubi, VideoX-Fun, Diffusers, LightX2V. A key that does not
+apply is an error, unless --lora_partial accepts it. --lora_path is for every expert of the model. The photo's reference
+tokens run through the changed weights too. All else is as in infer.py.
+"""
+
+import argparse
+
+from errors import run_script
+from pipelines.arguments import add_common_arguments, add_lora_arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_lora_arguments(parser)
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    from pipelines.jobs import list_jobs
+    from pipelines.lora import resolve_lora_settings
+
+    # Everything that can be refused without torch is refused before it is imported.
+    settings, config = resolve_lora_settings(args)
+    jobs = list_jobs(settings)
+
+    from pipelines.distributed import start_processes
+    from pipelines.text_to_video import VideoMaker, prepare_faces
+    from pipelines.wan import Wan
+
+    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    wan = Wan(settings, config, processes)
+    jobs = processes.own(jobs)
+    wan.check()
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial)
+
+    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+    maker = VideoMaker(wan, text, faces)
+    for job in jobs:
+        print(maker.make(job))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,73 @@
+"""Text-to-video under VACE control (pose, depth, sketch, masks, reference pictures), with or without an identity.
+
+    python infer_with_vace.py                                          the tiny untrained model, a made-up control
+    python infer_with_vace.py --wan_version 2.1 --reference_video pose.mp4 --prompt "A woman dances" --ip_image me.jpg
+    python infer_with_vace.py --wan_version 2.1 --reference_image dress.png bag.png --prompt "A woman shows her bag"
+    python infer_with_vace.py --wan_version 2.1 --reference_video street.mp4 --reference_mask car.mp4 --prompt "A tram"
+    python infer_with_vace.py --config wan2.1-vace-1.3B --vace_path FOLDER --reference_video depth.mp4 --prompt "…"
+
+The control video decides size, length and frame rate; give --height and --width, --num_frames or --fps for others.
+Masks: WHITE is what the model makes, BLACK is kept. Without a mask everything is made, and the video only guides.
+
+Weights: python download_models.py --vace. A run that was stopped goes on when the command is repeated.
+"""
+
+import argparse
+
+from errors import run_script
+from pipelines.arguments import add_common_arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    vace = parser.add_argument_group("control")
+    vace.add_argument("--vace_path", help="VACE weights, file or folder; alone or with their base (else --base_path)")
+    vace.add_argument("--reference_video", metavar="VIDEO", help="control: pose, depth, sketch, or a video to paint in")
+    vace.add_argument("--reference_mask", metavar="FILE", help="video or picture; white is made, black is kept")
+    vace.add_argument(
+        "--reference_image", nargs="+", action="extend", metavar="PICTURE", help="things to show, in this order"
+    )
+    vace.add_argument("--vace_scale", type=float, help="of the control: 1 as trained, 0 none (1)")
+    vace.add_argument(
+        "--resample_control",
+        action="store_true",
+        default=None,
+        help="spread --num_frames frames over the whole control video, at most as large as the model's size",
+    )
+    vace.add_argument("--window_frames", type=int, help="longer videos are made in windows of this length (81)")
+    vace.add_argument("--window_overlap", type=int, help="frames that a window goes on from (9)")
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    from pipelines.control_video import resolve_vace_settings
+    from pipelines.jobs import list_jobs
+
+    # Everything that can be refused without torch is refused before it is imported.
+    settings, config = resolve_vace_settings(args)
+    jobs = list_jobs(settings)
+
+    from dataclasses import replace
+
+    from pipelines.distributed import start_processes
+    from pipelines.text_to_video import prepare_faces
+    from pipelines.vace import VaceMaker, VaceWan, read_control
+
+    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    wan = VaceWan(settings, config, processes)
+    jobs = processes.own(jobs)
+    frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
+    wan.check(at_once=replace(settings, num_frames=frames), beside=wan.branch_bytes())
+
+    control = read_control(settings, demonstrate=wan.is_tiny)
+    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+    maker = VaceMaker(wan, text, faces, control)
+    for job in jobs:
+        print(maker.make(job))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,567 @@
+"""Every released file layout -> tensors with original Wan key names -> a module, all or error.
+
+Nothing here runs code from a file: safetensors, or `torch.load(weights_only=True)`.
+Tensors are mapped from disk; a model is built on the meta device and filled tensor by tensor, so that it is
+never in memory twice.
+
+Layouts (Wan2.1 and Wan2.2 repositories, VideoX-Fun, Diffusers, ComfyUI, DiffSynth-Studio):
+single files, shards with and without an index, `.pth`, `.ckpt` with a wrapper around the state dict,
+prefixed keys, Diffusers' names, fp8 with scales.
+"""
+
+import hashlib
+import json
+import logging
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from errors import WeightsError
+from models.wan.config import WanConfig, detect_config, variant_name
+from models.wan.transformer import WanTransformer
+
+logger = logging.getLogger("selfsame")
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_WRAPPERS = ("state_dict", "model_state", "model", "module")
+_SHOWN = 3  # how many keys of each kind an error names
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_tensors(path: str | Path, *, hint: str = "") -> dict[str, Tensor]:
+    """All tensors of a weights file, or of a folder that holds one set of weights, mapped from disk.
+
+    Args:
+        path: `.safetensors`, `.pth`, `.pt`, `.ckpt`, `.bin`, or a folder (index, shards, or one file).
+        hint: what to do when the file is missing or damaged, e.g. the download command; ends the message.
+
+    Raises:
+        WeightsError: missing, truncated, not a weights file, would run code, or an incomplete set of shards.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path, hint=hint):
+        found = _read_file(file, hint)
+        if twice := tensors.keys() & found.keys():
+            raise WeightsError(f"{file}: {_name_some(twice)} is also in another shard; remove the stale file")
+        tensors |= found
+    _check_index(Path(path), tensors, hint)
+    return tensors
+
+
+def weight_files(path: str | Path, *, hint: str = "") -> list[Path]:
+    """The files `read_tensors` reads for `path`: itself, all shards, or the one weights file of a folder."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise WeightsError(_with_hint(f"{path}: no such file or folder", hint))
+    if index := _index_file(path):
+        names = sorted(set(_read_index(index).values()))
+        if missing := [name for name in names if not (path / name).is_file()]:
+            raise WeightsError(_with_hint(f"{path}: {_name_some(missing)} of {len(names)} shards missing", hint))
+        return [path / name for name in names]
+    for suffix in SUFFIXES:  # safetensors first: a Wan folder holds the VAE and the text encoder as .pth beside it
+        files = sorted(path.glob(f"*{suffix}"))
+        shards = [match for file in files if (match := _SHARD.match(file.name))]
+        if shards:
+            return _complete_shards(path, shards, hint)
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise WeightsError(f"{path}: holds several weights files ({names}); name one of them")
+        if files:
+            return files
+    raise WeightsError(_with_hint(f"{path}: no weights in this folder ({', '.join(SUFFIXES)})", hint))
+
+
+def part_of_release(path: str | Path, subfolder: str, pattern: str) -> Path:
+    """Where one part of a release lies: `path` itself if it is a file; in a Diffusers repository the subfolder; in an
+    original repository the one file that fits the pattern. Otherwise `path`, for the reader to judge.
+
+    Raises:
+        WeightsError: several files fit.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / subfolder).is_dir():
+        return path / subfolder
+    files = sorted(path.glob(pattern))
+    if len(files) > 1:
+        raise WeightsError(f"{path}: holds {_name_some(f.name for f in files)} files {pattern}; name one of them")
+    return files[0] if files else path
+
+
+def _index_file(folder: Path) -> Path | None:
+    indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
+    if len(indices) > 1:
+        raise WeightsError(f"{folder}: several indices ({', '.join(i.name for i in indices)}); keep one")
+    return indices[0] if indices else None
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index}: not a shard index ({error!r}); download it again") from error
+
+
+def _check_index(folder: Path, tensors: Mapping[str, Tensor], hint: str) -> None:
+    if folder.is_dir() and (index := _index_file(folder)):
+        missing = _read_index(index).keys() - tensors.keys()
+        if missing:
+            raise WeightsError(
+                _with_hint(f"{folder}: {_name_some(missing)} listed in {index.name} but in no shard", hint)
+            )
+
+
+def _complete_shards(folder: Path, shards: list[re.Match], hint: str) -> list[Path]:
+    sets = {(shard["stem"], shard["count"]) for shard in shards}
+    if len(sets) > 1:
+        names = ", ".join(f"{stem}-*-of-{count}" for stem, count in sorted(sets))
+        raise WeightsError(f"{folder}: holds several sets of shards ({names}); keep one")
+    found = {int(shard["number"]): folder / shard.string for shard in shards}
+    count = int(shards[0]["count"])
+    if missing := [number for number in range(1, count + 1) if number not in found]:
+        names = [f"{shards[0]['stem']}-{n:05d}-of-{count:05d}{shards[0]['suffix']}" for n in missing]
+        raise WeightsError(_with_hint(f"{folder}: {_name_some(names)} of {count} shards missing", hint))
+    return [found[number] for number in sorted(found)]
+
+
+def _read_file(file: Path, hint: str) -> dict[str, Tensor]:
+    """One file, its kind told by its first bytes: names lie (renamed downloads, error pages, LFS pointers)."""
+    with open(file, "rb") as stream:
+        start = stream.read(512)
+    if not start:
+        raise WeightsError(_with_hint(f"{file}: empty file", hint))
+    if start.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", start)
+        expected = f" of a file of {int(size[1])} bytes" if size else ""
+        raise WeightsError(_with_hint(f"{file}: a git-lfs pointer{expected}, not the weights; run git lfs pull", hint))
+    if start.lstrip()[:1] == b"<":
+        raise WeightsError(_with_hint(f"{file}: a web page, not weights (a failed download)", hint))
+    if start.startswith(b"GGUF"):
+        raise WeightsError(f"{file}: GGUF weights are not supported; use safetensors")
+    if file.suffix == ".safetensors" or start[8:9] == b"{":
+        _check_safetensors(file, hint)
+        return safetensors.torch.load_file(file)
+    return _unwrap(_torch_load(file, hint), file)
+
+
+def _check_safetensors(file: Path, hint: str) -> None:
+    """Compare the size the header promises with the size on disk.
+
+    Format: 8 bytes little-endian header length, JSON header with `data_offsets`, then the data.
+    """
+    found = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
+        if length > found - 8:
+            raise WeightsError(
+                _with_hint(f"{file}: truncated, its header alone needs {length + 8} bytes, found {found}", hint)
+            )
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(_with_hint(f"{file}: damaged safetensors header ({error!r})", hint)) from error
+    expected = 8 + length + max(ends, default=0)
+    if found != expected:
+        state = "truncated" if found < expected else "damaged"
+        raise WeightsError(_with_hint(f"{file}: {state}, expected {expected} bytes, found {found}", hint))
+
+
+def _torch_load(file: Path, hint: str) -> object:
+    """`torch.load` without code execution. The zip format is mapped; the format before torch 1.6 cannot be."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
+            raise WeightsError(_with_hint(f"{file}: damaged or not a weights file ({error})", hint)) from error
+        raise WeightsError(
+            f"{file}: holds Python objects beside tensors, and loading them could run code; if you trust its source, "
+            f"convert it once in an isolated place: torch.load it with weights_only=False and write its tensors "
+            f"with safetensors.torch.save_file"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        first_sentence = str(error).partition("\n")[0].partition(". ")[0]
+        reason = f"{type(error).__name__}: {first_sentence}"
+        raise WeightsError(_with_hint(f"{file}: damaged or not a weights file ({reason})", hint)) from error
+
+
+def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
+    """The state dict inside the dicts that trainers put around it."""
+    while isinstance(content, Mapping):
+        wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if wrapper is None:
+            break
+        content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{file}: no state dict inside (found {type(content).__name__})")
+    if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(f"{file}: {_name_some(others)} in its state dict not a tensor")
+    return dict(content)
+
+
+# ------------------------------------------------------------------------------------------- assigning
+
+
+def assign_tensors(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keep_float32: Iterable[str] = (),
+    source: str | Path = "",
+    scales: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Replace every parameter and persistent buffer of `module` by the tensor of its name; all or error.
+
+    A tensor that needs neither a cast nor a move stays mapped from disk. Tied parameters stay tied, and one name
+    of them is enough. The module is usually on the meta device; buffers that are not saved must already be real.
+
+    Args:
+        tensors: name -> tensor, exactly the names of `module.state_dict()`.
+        dtype: of floating tensors; None keeps the file's.
+        device: None leaves them where they are (mapped, on the CPU).
+        keep_float32: substrings of names that become float32 whatever `dtype` says.
+        source: names the file in errors.
+        scales: name -> scale of an fp8 tensor; the value is `tensor * scale`.
+
+    Raises:
+        WeightsError: missing, unexpected or misshapen tensors: one message with counts and first names.
+    """
+    targets = module.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}  # one target object -> all its names: tied parameters have several
+    for name, target in targets.items():
+        names_of.setdefault(id(target), []).append(name)
+    missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
+    unexpected = tensors.keys() - targets.keys()
+    misshapen = {
+        f"{name} {list(tensors[name].shape)} instead of {list(target.shape)}"
+        for name, target in targets.items()
+        if name in tensors and tensors[name].shape != target.shape
+    }
+    mistyped = {
+        f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
+        for name, target in targets.items()
+        if name in tensors and target.is_floating_point() and not tensors[name].is_floating_point()
+    }
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "quantised in a way this loader does not read": mistyped,
+    }
+    if problems := [f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds.items() if names]:
+        place = f"{source}: " if source else ""
+        raise WeightsError(f"{place}not the weights of {type(module).__name__}: " + "; ".join(problems))
+
+    keep_float32 = tuple(keep_float32)
+    for names in names_of.values():
+        name = next(name for name in names if name in tensors)
+        kept = any(part in name for part in keep_float32)
+        scale = (scales or {}).get(name)
+        value = _place(tensors[name], torch.float32 if kept else dtype, device, scale)
+        target = targets[name]
+        if isinstance(target, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=target.requires_grad)
+        for alias in names:
+            owner, _, attribute = alias.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, value)
+    for name, buffer in module.named_buffers():
+        assert not buffer.is_meta, f"buffer {name} is not saved in checkpoints: build it on a real device"
+        if name not in targets and device is not None:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, buffer.to(device))
+
+
+def _place(
+    tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None, scale: Tensor | None
+) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device=device)
+    if tensor.dtype.itemsize == 1:  # fp8 is a storage format: values are only right after scaling, in a wider type
+        dtype = dtype or torch.bfloat16
+    if scale is None:
+        return tensor.to(device=device, dtype=dtype)
+    # a scale is one number, or one per output row
+    scale = scale.float().to(device)
+    scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)) if scale.numel() > 1 else scale.reshape(())
+    return (tensor.to(device=device, dtype=torch.float32) * scale).to(dtype)
+
+
+# ------------------------------------------------------------------------------- names of a transformer
+
+# Original name -> Diffusers' name, in whole path components. Diffusers numbers the norms in the order they run.
+_OUTSIDE_BLOCKS = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_INSIDE_BLOCKS = {
+    "modulation": "scale_shift_table",
+    **{f"self_attn.{name}": f"attn1.{theirs}" for name, theirs in _ATTENTION.items()},
+    **{f"cross_attn.{name}": f"attn2.{theirs}" for name, theirs in _ATTENTION.items()},
+    **{f"self_attn.{name}": f"attn1.{name}" for name in ("norm_q", "norm_k")},
+    **{f"cross_attn.{name}": f"attn2.{name}" for name in ("norm_q", "norm_k")},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
+}
+
+# ComfyUI's single files, trainers' and other toolkits' prefixes.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "pipe.dit.", "dit.", "module.")
+
+
+def to_diffusers_name(name: str) -> str:
+    """`blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`; names outside the table stay."""
+    return _rename(name, _OUTSIDE_BLOCKS, _INSIDE_BLOCKS)
+
+
+def to_original_name(name: str) -> str:
+    """The inverse of `to_diffusers_name`."""
+    return _rename(name, _invert(_OUTSIDE_BLOCKS), _invert(_INSIDE_BLOCKS))
+
+
+def _invert(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    start = 2 if parts[0] in ("blocks", "vace_blocks") else 0  # keep `blocks.<index>`
+    table = inside if start else outside
+    for end in range(len(parts), start, -1):
+        if (new := table.get(".".join(parts[start:end]))) is not None:
+            return ".".join([*parts[:start], new, *parts[end:]])
+    return name
+
+
+def convert_names(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Rename all keys, e.g. by `to_diffusers_name` for an export; two names must not become one."""
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise WeightsError(f"{len(tensors) - len(renamed)} tensors have the same name after renaming")
+    return renamed
+
+
+def original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's state dict of any layout -> original Wan names. Tensors are not touched."""
+    prefix = next((p for p in _PREFIXES if f"{p}patch_embedding.weight" in tensors), "")
+    if prefix == "model.diffusion_model.":  # an all-in-one file: the VAE and the text encoder are in it too
+        others = [name for name in tensors if not name.startswith(prefix)]
+        if others:
+            logger.info("left %s outside the transformer", _name_some(others))
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    tensors = convert_names(tensors, lambda name: name.removeprefix(prefix))
+    if any(name.startswith("condition_embedder.") for name in tensors):
+        tensors = convert_names(tensors, to_original_name)
+    return tensors
+
+
+def split_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Separate the scales of fp8 files (ComfyUI, both its spellings) from the weights.
+
+    Returns (weights, scales by weight name). Scales of activations are dropped: we compute in a wider type.
+    """
+    weights, scales, dropped = {}, {}, []
+    for name, tensor in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last in ("scale_weight", "weight_scale"):
+            scales[f"{module}.weight"] = tensor
+        elif last in ("scale_input", "input_scale", "comfy_quant", "scaled_fp8"):
+            dropped.append(name)
+        else:
+            weights[name] = tensor
+    if dropped:
+        logger.info("fp8 weights are widened when loaded; left %s", _name_some(dropped))
+    if orphans := scales.keys() - weights.keys():
+        raise WeightsError(f"scales without their weights: {_name_some(orphans)}")
+    return weights, scales
+
+
+# --------------------------------------------------------------------------------- loading a transformer
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    num_heads: int | None = None,
+    expect: WanConfig | None = None,
+    hint: str = "",
+) -> WanTransformer:
+    """Read a Wan transformer of any released layout and variant, told by its tensors.
+
+    Args:
+        path: a file, a folder of shards, or a Diffusers folder (its `transformer` is taken).
+        dtype: of the linears; `WanTransformer._keep_in_fp32_modules` are float32 in any case.
+        device: each tensor goes there as it is read; None leaves uncast tensors mapped from disk.
+        num_heads: for head widths other than 128, where no config.json beside the file says it.
+        expect: the variant that the caller can run.
+        hint: what to do about missing files; ends the message.
+
+    Raises:
+        WeightsError: unreadable (`read_tensors`), not this network, another variant than expected, or a
+            config.json beside the file that contradicts its tensors.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    stored = read_tensors(path, hint=hint)
+    return transformer_from_tensors(stored, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect)
+
+
+def transformer_from_tensors(
+    stored: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    num_heads: int | None = None,
+    expect: WanConfig | None = None,
+) -> WanTransformer:
+    """`load_transformer` for tensors that were read already; `path` is where from (messages, config.json)."""
+    path = Path(path)
+    settings = _read_config_json(path if path.is_dir() else path.parent)
+    try:
+        tensors, scales = split_scales(original_names(stored))
+        config = _resolve_config({name: tensor.shape for name, tensor in tensors.items()}, settings, num_heads, expect)
+    except (KeyError, ValueError, WeightsError) as error:
+        detail = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(f"{path}: not a Wan transformer this project can run: {detail}") from error
+    if expect is not None and config != expect:
+        raise WeightsError(f"{path}: holds {variant_name(config)}, expected {variant_name(expect)}")
+
+    with torch.device("meta"):
+        transformer = WanTransformer(**config.as_dict())
+    assign_tensors(
+        transformer,
+        tensors,
+        dtype=dtype,
+        device=device,
+        keep_float32=WanTransformer._keep_in_fp32_modules,
+        source=path,
+        scales=scales,
+    )
+    logger.info("loaded %s from %s", variant_name(config), path)
+    return transformer.eval()
+
+
+def _resolve_config(
+    shapes: Mapping[str, tuple[int, ...]], settings: dict, num_heads: int | None, expect: WanConfig | None
+) -> WanConfig:
+    """What the tensors tell, completed by what they cannot: heads, eps and text length."""
+    stated_heads = settings.get("num_heads")
+    if num_heads and stated_heads and num_heads != stated_heads:
+        raise ValueError(f"config.json beside it says {stated_heads} heads, asked for {num_heads}")
+    config = detect_config(shapes, num_heads or stated_heads or (expect and expect.num_heads))
+    if expect is not None:
+        config = replace(config, eps=expect.eps, text_len=expect.text_len, patch_size=expect.patch_size)
+    elif settings:
+        config = replace(config, **{name: settings[name] for name in ("eps", "text_len") if name in settings})
+    found = config.as_dict()
+    for name, value in settings.items():
+        if found[name] != value:
+            raise ValueError(f"config.json beside it says {name} {value}, its tensors say {found[name]}")
+    return config
+
+
+def _read_config_json(folder: Path) -> dict:
+    """WanConfig fields from a config.json in the original or Diffusers' spelling; {} if there is none for Wan."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file}: not valid JSON ({error})") from error
+    same = ("ffn_dim", "num_layers", "freq_dim", "text_dim", "eps")
+    if "num_attention_heads" in content and "attention_head_dim" in content:
+        settings = {"num_heads": content["num_attention_heads"]}
+        settings["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
+        settings |= {"in_dim": content["in_channels"], "out_dim": content["out_channels"]}
+    elif "num_heads" in content:
+        settings = {
+            name: content[name] for name in ("num_heads", "dim", "in_dim", "out_dim", "text_len") if name in content
+        }
+    else:
+        return {}  # of another model in the same folder
+    return settings | {name: content[name] for name in same if name in content}
+
+
+# -------------------------------------------------------------------------------------------- fingerprint
+
+_WHOLE_BELOW = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**18
+
+
+def fingerprint(path: str | Path) -> str:
+    """A short name for exactly these weights, for a video's metadata.
+
+    `sha256:…` is the plain SHA-256 of one file below 64 MiB. `sampled-sha256:…` covers larger files and folders:
+    of each file its size, its first MiB or whole safetensors header, and 64 pieces of 256 KiB spread evenly from
+    start to end, so that a fine-tune or a merge differs; it is no proof against somebody who hides a change.
+    """
+    files = weight_files(path)
+    if len(files) == 1 and files[0].stat().st_size < _WHOLE_BELOW:
+        with open(files[0], "rb") as stream:
+            return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(struct.pack("<Q", size))
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            is_safetensors = file.suffix == ".safetensors" and len(head) == 8
+            digest.update(head + stream.read(min(struct.unpack("<Q", head)[0], size) if is_safetensors else 2**20))
+            for piece in range(_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * piece // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return f"sampled-sha256:{digest.hexdigest()}"
+
+
+# -------------------------------------------------------------------------------------------- messages
+
+
+def _first(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _name_some(names: Iterable[str]) -> str:
+    """`1 (a)`, `5 (a, b, c, …)`."""
+    names = list(names)
+    return f"{len(names)} ({_first(names)})"
+
+
+def _with_hint(message: str, hint: str) -> str:
+    return f"{message}; {hint}" if hint else message

@@ -1,0 +1,51 @@
+"""TeaCache: skip the block stack at steps where the modulation signal has hardly moved.
+
+Source: arXiv 2411.19108; TeaCache4Wan2.1 (the polynomials); Stand-In `pipelines/wan_video.py` (TeaCache).
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the settings read COEFFICIENTS before torch is imported
+    from torch import Tensor
+
+# Rescaling of the relative change of the modulation to that of the output, highest power first, fitted per model.
+COEFFICIENTS = {
+    "t2v-1.3B": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+    "t2v-14B": (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+}
+
+
+@dataclass
+class TeaCache:
+    """The cache of one guidance branch of one request.
+
+    Args:
+        num_steps: of the run; the first and the last are always computed.
+        threshold: accumulated change below which a step is skipped (0.08 to 0.2 is usual).
+        coefficients: of the polynomial, highest power first.
+    """
+
+    num_steps: int
+    threshold: float
+    coefficients: tuple[float, ...] = COEFFICIENTS["t2v-14B"]
+    residual: "Tensor | None" = None  # (B, L, D): what the block stack added at the last computed step
+    skipped: list[bool] = field(default_factory=list)  # one entry a step
+    _previous: "Tensor | None" = None
+    _accumulated: float = 0.0
+
+    def skips(self, modulation: "Tensor") -> bool:
+        """Whether this step re-uses the residual. Call once a step, in order. modulation: (B, 1 or L, 6, D)."""
+        step = len(self.skipped)
+        if self._previous is None or self.residual is None or step in (0, self.num_steps - 1):
+            skip = False
+        else:
+            change = ((modulation - self._previous).abs().mean() / self._previous.abs().mean()).item()
+            for power, coefficient in enumerate(reversed(self.coefficients)):
+                self._accumulated += coefficient * change**power
+            skip = self._accumulated < self.threshold
+        if not skip:
+            self._accumulated = 0.0
+        self._previous = modulation
+        self.skipped.append(skip)
+        return skip

@@ -1,0 +1,85 @@
+"""The flags that the scripts share. A flag that is not given is None: its value comes from --config, then from
+`pipelines.settings.Settings`, where every default is.
+"""
+
+import argparse
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that concerns prompts, photos, sampling, weights and the machine."""
+    what = parser.add_argument_group("what to make")
+    what.add_argument(
+        "--prompt",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="one or several, in any language; @FILE: one a line",
+    )
+    what.add_argument(
+        "--ip_image", nargs="+", action="extend", metavar="PHOTO", help="photo (path or URL) of each person"
+    )
+    what.add_argument("--negative_prompt", metavar="TEXT")
+    what.add_argument("--output", metavar="FILE", help="mp4; with several prompts or seeds their numbers are added")
+    what.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
+    what.add_argument("--height", type=int)
+    what.add_argument("--width", type=int)
+    what.add_argument("--num_frames", type=int, help="4n+1")
+    what.add_argument("--fps", type=float)
+    what.add_argument("--quality", type=float, help="1 to 10 (9)")
+    what.add_argument("--preview", action="store_true", default=None, help="write NAME.preview.png after each step")
+
+    how = parser.add_argument_group("how to sample")
+    how.add_argument("--seed", type=int, nargs="+", action="extend", help="one or several (0)")
+    how.add_argument("--num_inference_steps", type=int)
+    how.add_argument(
+        "--guidance_scale", type=float, nargs="+", action="extend", help="1: off. Wan2.2: high- and low-noise expert"
+    )
+    how.add_argument("--shift", type=float)
+    how.add_argument("--solver", help="euler, euler-flow, unipc, dpm++")
+    how.add_argument(
+        "--timesteps", type=float, nargs="+", action="extend", help="a distilled model's own, before the shift"
+    )
+    how.add_argument("--step_cache", help="none, teacache, first_block: skip steps that change little (lossy)")
+    how.add_argument("--step_cache_threshold", type=float, help="larger skips more (0.1)")
+
+    face = parser.add_argument_group("identity")
+    face.add_argument("--identity_strength", type=float, help="of Stand-In's weights: 1 as trained, 0 without them")
+    face.add_argument("--identity_start", type=float, help="share of the steps before the identity sets in (0)")
+    face.add_argument("--identity_end", type=float, help="share of the steps after which it ends (1)")
+    face.add_argument("--face_index", type=int, help="which face, from the left (default: the largest)")
+    face.add_argument("--allow_no_face", action="store_true", default=None, help="use the whole photo if none is found")
+    face.add_argument("--no_face_crop", action="store_true", default=None, help="whole photo; for non-human subjects")
+
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--config", help="name or file of configs/, or the JSON of an earlier run (tiny)")
+    weights.add_argument("--wan_version", help="2.1 or 2.2: short for --config stand-in-wan2.1 or stand-in-wan2.2")
+    weights.add_argument("--base_path", help="the model's folder (original or Diffusers layout), or transformer file")
+    weights.add_argument("--vae_path")
+    weights.add_argument("--text_encoder_path")
+    weights.add_argument("--stand_in_path", help="Stand-In's file, or the folder it is in")
+    weights.add_argument("--antelopv2_path", help="folder of the face detector")
+    weights.add_argument("--face_parser_path", help="parsing_bisenet.pth")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps")
+    machine.add_argument("--dtype", help="auto, bf16, fp16, fp32: of the transformer")
+    machine.add_argument("--vae_dtype", help="auto (fp32), bf16, fp16, fp32")
+    machine.add_argument("--attention_backend", help="native, flash, _flash_3, sage, … of diffusers")
+    machine.add_argument("--memory", help="resident, model, group, sequential: faster to smaller")
+    machine.add_argument("--fp8", action="store_true", default=None, help="store the blocks' weights in float8")
+    machine.add_argument("--tiled", action="store_true", default=None, help="decode in tiles")
+    machine.add_argument("--compile", action="store_true", default=None, help="compile the blocks")
+    machine.add_argument("--ulysses_degree", type=int, help="split one video over processes by heads")
+    machine.add_argument("--ring_degree", type=int, help="… by ring attention")
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """LoRAs on top of the base model; `pipelines.lora.LoraSettings` has their defaults and rules."""
+    lora = parser.add_argument_group("LoRA")
+    for expert, which in (("", "of every expert"), ("_high", "of Wan2.2's high-noise expert"), ("_low", "low-noise")):
+        path, scale = f"--lora_path{expert}", f"--lora_scale{expert}"
+        lora.add_argument(path, nargs="+", action="extend", metavar="FILE", help=f"{which}; repeatable")
+        lora.add_argument(scale, nargs="+", action="extend", type=float, metavar="S", help="one for all, or each (1)")
+    lora.add_argument("--lora_config", metavar="NAME", help="how a distilled LoRA wants to be sampled: of configs/")
+    lora.add_argument("--lora_mode", help="merged, live, auto (merged; live with --fp8)")
+    lora.add_argument("--lora_partial", action="store_true", default=None, help="leave out keys that do not apply")

@@ -1,0 +1,260 @@
+"""Control videos and masks as users have them, before torch: their sizes and lengths, and the settings of a VACE run.
+
+A control video decides the size, length and frame rate of the result. Masks: white is made, black is kept.
+Source: Wan2.1 `wan/utils/vace_processor.py` (VaceVideoProcessor); Stand-In `infer_with_vace.py`.
+"""
+
+import dataclasses
+import logging
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import psutil
+
+from errors import InputError, ResourceError, UsageError
+from pipelines.settings import Settings, resolve_settings
+from pipelines.video_file import VideoInfo, probe, read_frames, readable_bytes
+from preprocess.image import read_image
+
+logger = logging.getLogger("selfsame")
+
+GRID = 16  # pixels of a token's side
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceSettings(Settings):
+    """What a VACE run adds to `Settings`. Photos of a person are optional here."""
+
+    ip_image: tuple[str, ...] = ()
+    vace_path: str | None = None
+    reference_video: str | None = None
+    reference_mask: str | None = None
+    reference_image: tuple[str, ...] = ()
+    vace_scale: float = 1.0
+    resample_control: bool = False
+    window_frames: int = 81  # what the released models were trained on
+    window_overlap: int = 9
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
+    """`resolve_settings`, with the size, frames and rate of the control video.
+
+    Raises:
+        UsageError: values or combinations that make no sense.
+        InputError: a file that is missing or cannot be used; a mask that does not fit its video.
+    """
+    if args.config is None:
+        args.config = default_config(args)
+    args.wan_version = None
+    settings, config = resolve_settings(args, VaceSettings)
+    if config.get("experts"):
+        raise UsageError(
+            f"--config {config['name']}: VACE was released for Wan2.1; use stand-in-wan2.1 or wan2.1-vace-*"
+        )
+    if not 0 <= settings.vace_scale <= 10:
+        raise UsageError(f"--vace_scale {settings.vace_scale:g}: accepted are 0 to 10")
+    for name in ("window_frames", "window_overlap"):
+        if getattr(settings, name) % 4 != 1 or getattr(settings, name) < 1:
+            raise UsageError(f"--{name} {getattr(settings, name)}: accepted are 1, 5, 9, … (4n+1)")
+    if settings.window_overlap >= settings.window_frames:
+        raise UsageError(
+            f"--window_overlap {settings.window_overlap} must be smaller than --window_frames {settings.window_frames}"
+        )
+    for picture in settings.reference_image:
+        if "://" not in picture and not Path(picture).is_file():
+            raise InputError(f"--reference_image {picture}: no such file; give a picture's path or URL")
+    if settings.reference_video is None:
+        if settings.reference_mask is not None:
+            raise UsageError("--reference_mask needs --reference_video: it says which of its pixels to keep")
+        if settings.resample_control:
+            raise UsageError("--resample_control needs --reference_video")
+        return settings, config
+    info = probe_argument("--reference_video", settings.reference_video)
+    needed = info.num_frames * info.height * info.width * (3 if settings.reference_mask is None else 6)
+    if needed > (free := psutil.virtual_memory().available):
+        raise ResourceError(
+            f"--reference_video {settings.reference_video}: {info.num_frames} frames of {info.width}x{info.height} "
+            f"take {readable_bytes(needed)} of memory, {readable_bytes(free)} are free; cut it into parts"
+        )
+    if settings.reference_mask is not None:
+        check_mask_size(settings.reference_mask, info)
+    # An earlier run's record holds what its video had, as if given.
+    earlier = str(args.config).endswith(".json")
+    given = {n for n in ("height", "width", "num_frames", "fps") if earlier or getattr(args, n) is not None}
+    return follow_control(settings, info, given), config
+
+
+def default_config(args: Namespace) -> str:
+    if args.wan_version not in (None, "2.1"):
+        raise UsageError(f"--wan_version {args.wan_version}: VACE was released for Wan2.1; use 2.1")
+    if not any((args.wan_version, args.vace_path, args.base_path, args.stand_in_path)):
+        return "tiny"
+    return "stand-in-wan2.1" if args.ip_image else "wan2.1-vace-14B"
+
+
+def follow_control(settings: VaceSettings, info: VideoInfo, given: set[str]) -> VaceSettings:
+    """Size, frames and rate: the control video's, where the user gave no others."""
+    if ("height" in given) != ("width" in given):
+        raise UsageError("--height and --width with --reference_video: give both, or neither to take the video's size")
+    if "height" in given:
+        height, width = settings.height, settings.width
+    elif settings.resample_control:
+        height, width = size_within(info.height, info.width, settings.height * settings.width)
+    else:
+        height, width = info.height // GRID * GRID, info.width // GRID * GRID
+        if not (height and width):
+            raise InputError(
+                f"--reference_video {settings.reference_video}: {info.width}x{info.height}, at least 16x16 is needed"
+            )
+        if (height, width) != (info.height, info.width):
+            logger.warning(
+                "--reference_video of %dx%d: its centre of %dx%d is used (multiples of %d)",
+                *(info.width, info.height, width, height, GRID),
+            )
+    num_frames, fps = settings.num_frames, info.fps
+    if settings.resample_control:
+        frames, fps = spread_frames(info.num_frames, info.fps, settings.num_frames)
+        num_frames = len(frames)
+        logger.info("%d of %d control frames, now %.4g a second", num_frames, info.num_frames, fps)
+    elif "num_frames" not in given:
+        num_frames = (info.num_frames - 1) // 4 * 4 + 1
+        if num_frames < info.num_frames:
+            logger.warning(
+                "--reference_video has %d frames, the first %d are used: the model makes 4n+1",
+                *(info.num_frames, num_frames),
+            )
+    elif num_frames > info.num_frames:
+        raise UsageError(
+            f"--num_frames {num_frames}: --reference_video has {info.num_frames}; give fewer, or a longer video"
+        )
+    elif num_frames < info.num_frames - 3:
+        logger.warning("the first %d of %d control frames are used, as --num_frames says", num_frames, info.num_frames)
+    fps = settings.fps if "fps" in given else fps
+    return dataclasses.replace(settings, height=height, width=width, num_frames=num_frames, fps=fps)
+
+
+def probe_argument(flag: str, path: str) -> VideoInfo:
+    """`probe`, its errors naming the flag."""
+    try:
+        return probe(path)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def is_picture(path: str) -> bool:
+    return path.lower().endswith(PICTURES)
+
+
+def check_mask_size(path: str, control: VideoInfo) -> None:
+    """A mask has its control video's size and length; one picture serves all frames.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    if is_picture(path):
+        height, width = read_image(path, "--reference_mask").shape[:2]
+        num_frames = control.num_frames
+    else:
+        info = probe_argument("--reference_mask", path)
+        height, width, num_frames = info.height, info.width, info.num_frames
+    if (height, width) != (control.height, control.width):
+        raise InputError(
+            f"--reference_mask {path} is {width}x{height}, --reference_video is {control.width}x{control.height}; "
+            "make the mask as large as the video"
+        )
+    if num_frames != control.num_frames:
+        raise InputError(
+            f"--reference_mask {path} has {num_frames} frames, --reference_video has {control.num_frames}; "
+            "give one mask frame for each, or a picture for all of them"
+        )
+
+
+def read_mask(path: str, num_frames: int) -> numpy.ndarray:
+    """(T, H, W) uint8 of a mask video, or of a picture for all frames. 255 = make, 0 = keep.
+
+    Raises:
+        InputError: colours: a mask is black and white.
+    """
+    frames = read_image(path, "--reference_mask")[None] if is_picture(path) else read_frames(path)  # (T, H, W, 3)
+    frames = numpy.broadcast_to(frames, (num_frames, *frames.shape[1:])) if len(frames) == 1 else frames
+    spread = frames[:: max(1, num_frames // 8)].astype(numpy.int16)
+    coloured = float((spread.max(axis=-1) - spread.min(axis=-1) > 48).mean())
+    if coloured > 0.001:  # video codecs leave a little colour at edges
+        raise InputError(
+            f"--reference_mask {path}: {coloured:.1%} of its pixels are coloured; a mask is black (kept) and white "
+            "(made): turn the picture or video into greyscale, white where the model is to paint"
+        )
+    mask = numpy.ascontiguousarray(frames[..., 0])
+    made = float((mask > 127).mean())
+    between = float(((mask > 64) & (mask < 192)).mean())
+    if between > 0.05:
+        logger.warning("--reference_mask: %.0f%% of it is neither black nor white; cut at half", 100 * between)
+    if made == 0:
+        logger.warning("--reference_mask is black throughout: everything is kept. White is what the model makes")
+    else:
+        logger.info("--reference_mask: %.0f%% is white and will be made, the rest is kept", 100 * made)
+    return mask
+
+
+# -------------------------------------------------------------------------------------------------- sizes and frames
+
+
+def size_within(height: int, width: int, area: int, max_tokens: int | None = None) -> tuple[int, int]:
+    """(height, width) on the grid with the aspect of a video, within an area and the video's own.
+
+    max_tokens: of one latent frame, where the number of frames bounds it further.
+    """
+    tokens = min(area // GRID**2, (height // GRID) * (width // GRID), max_tokens or area)
+    rows = max(1, round(math.sqrt(tokens * height / width)))
+    return rows * GRID, max(1, tokens // rows) * GRID
+
+
+def spread_frames(num_frames: int, fps: float, most: int) -> tuple[list[int], float]:
+    """Choose 4n+1 frames, at most `most`, spread over a whole clip; and the frame rate they then have.
+
+    Frame i is shown from i/fps to (i+1)/fps, in float32 as upstream has them; times that fall on a border belong to
+    the earlier frame.
+    """
+    starts = numpy.arange(num_frames, dtype=numpy.float32) / numpy.float32(fps)
+    ends = numpy.arange(1, num_frames + 1, dtype=numpy.float32) / numpy.float32(fps)
+    duration = (starts[-1] + ends[-1]) / 2  # the middle of the last frame
+    count = 4 * ((min(num_frames, most) - 1) // 4) + 1
+    times = numpy.linspace(0.0, duration, count)[:, None]
+    chosen = numpy.argmax((times >= starts) & (times <= ends), axis=1)
+    return chosen.tolist(), float(count / duration)
+
+
+# ----------------------------------------------------------------------------------------------------------- windows
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames start … stop - 1 of the video, made in one go; the first `known` of them exist from the window before."""
+
+    start: int
+    stop: int
+    known: int
+
+
+def plan_windows(num_frames: int, window: int, overlap: int) -> list[Window]:
+    """Cut a video of 4n+1 frames into windows of 4m+1, each sharing at least `overlap` frames with the one before.
+
+    The last window is as long as the others and overlaps more instead: a short one would be a worse video.
+    """
+    assert num_frames % 4 == 1 and window % 4 == 1 and overlap % 4 == 1 and overlap < window
+    windows = [Window(0, min(window, num_frames), 0)]
+    while windows[-1].stop < num_frames:
+        # Starts are multiples of 4, so that every window has 4n+1 frames and whole latent frames.
+        start = min(windows[-1].stop - overlap, num_frames - window)
+        windows.append(Window(start, start + window, windows[-1].stop - start))
+    return windows

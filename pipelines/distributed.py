@@ -1,0 +1,127 @@
+"""Several processes: prompts split over them, or one video split over them by context parallelism.
+
+`torchrun` and `accelerate launch` set the same variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), on
+one machine or many.
+"""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.models._modeling_parallel import ParallelConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch.distributed.device_mesh import init_device_mesh
+
+from errors import UsageError
+from models.wan.transformer import WanTransformer
+
+Item = TypeVar("Item")
+LONGEST_WAIT = datetime.timedelta(hours=4)  # while one process decodes a long video
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run."""
+
+    rank: int
+    count: int
+    device: torch.device
+    context_parallel: bool  # all processes make each video together
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: all do with split prompts, one does with a split video."""
+        return self.rank == 0 or not self.context_parallel
+
+    def own(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of the work."""
+        return list(items) if self.context_parallel else list(items[self.rank :: self.count])
+
+    def share(self, value: Item) -> Item:
+        """The first process's value, for all processes of a split video (their disks may differ)."""
+        if not self.context_parallel:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all processes of a split video are here: one decodes and writes while the others wait."""
+        if self.context_parallel:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1) -> Processes:
+    """Join the launcher's process group, if there is one.
+
+    Args:
+        device: "auto", or a torch device; with several GPUs each process takes the one of its local rank.
+
+    Raises:
+        UsageError: a device this machine lacks, or degrees that do not multiply to the number of processes.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    degree = ulysses_degree * ring_degree
+    if degree > 1 and degree != count:
+        raise UsageError(
+            f"--ulysses_degree {ulysses_degree} x --ring_degree {ring_degree} needs {degree} processes, {count} are "
+            f"running; start with: torchrun --nproc_per_node {degree} …"
+        )
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    if degree > 1 and not dist.is_initialized():  # split prompts need no word between the processes
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+    return Processes(rank, count, chosen, context_parallel=degree > 1)
+
+
+def split_sequence(transformer: WanTransformer, ulysses_degree: int, ring_degree: int, device: torch.device) -> None:
+    """Have every forward pass split its tokens over all processes, by diffusers' context-parallel attention.
+
+    What `transformer.enable_parallelism` does, without its division by the number of accelerators: a CPU has none, and
+    so the tests run the very path that GPUs run.
+
+    Raises:
+        UsageError: the attention backend has no context-parallel form.
+    """
+    config = ContextParallelConfig(ulysses_degree=ulysses_degree, ring_degree=ring_degree)
+    mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    parallel = ParallelConfig(context_parallel_config=config)
+    parallel.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+    for kernel in transformer.attn_processors.values():
+        backend = AttentionBackendName(kernel._attention_backend or "native")
+        if not _AttentionBackendRegistry._is_context_parallel_available(backend):
+            names = ", ".join(sorted(_AttentionBackendRegistry._supports_context_parallel))
+            raise UsageError(f"--attention_backend {backend.value} cannot split a video over processes; use {names}")
+        if ring_degree > 1 and backend == AttentionBackendName.NATIVE:
+            raise UsageError(
+                "--ring_degree with --attention_backend native: ring attention needs a kernel that returns its "
+                "log-sum-exp; use _native_cudnn, _native_flash or flash, or --ulysses_degree"
+            )
+        kernel._parallel_config = parallel
+    transformer._parallel_config = parallel
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto": CUDA, else MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {name}: not available here ({reason}); accepted are auto, cpu, cuda, cuda:N, mps"
+        ) from error
+    return device

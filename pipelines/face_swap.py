@@ -1,0 +1,344 @@
+"""The photo's face onto a video: paste it roughly, noise the result, denoise it with the identity, put it back.
+
+Video to video with Stand-In (its pipelines/wan_video_face_swap.py). What upstream does is kept as functions of the same
+numbers (`sampled_mask`, `keep_background`); what the pipeline does by default is better where upstream's leaves marks:
+
+* Only the stretches that show the face are generated (`plan_segments`); every other frame passes through untouched.
+* A latent frame stands for four frames, so its mask holds the face of all four; upstream samples one of them, and a
+  moving face leaves its outline behind.
+* Stretches longer than one clip are denoised in overlapping windows of one sample (`plan_windows`): no seams in time.
+* With `force_background_consistency` the face is put into the input's own pixels at the end.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import InputError, UsageError
+from models.wan.schedulers import Schedule, add_noise, get_schedule
+from models.wan.vae import Tiling
+from pipelines.conditions import initial_noise, latent_frames
+from pipelines.denoise import Expert
+from pipelines.face_swap_settings import FaceSwapSettings
+from pipelines.jobs import Job
+from pipelines.text_to_video import VideoMaker, read_face
+from pipelines.video_file import VideoInfo, frames_to_uint8, read_frames
+from pipelines.wan import Wan
+from preprocess.face import BiSeNetParser, FaceImage, load_parser
+from preprocess.face_detection import Face, load_detector
+from preprocess.face_paste import (
+    composite,
+    fill_gaps,
+    follow_face,
+    pad_to_multiple,
+    paste_face,
+    soften,
+    source_keypoints,
+)
+from preprocess.image import write_png
+
+logger = logging.getLogger("selfsame")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents and masks
+
+
+def frames_to_clip(frames: numpy.ndarray) -> Tensor:
+    """(F, H, W, 3) uint8 -> (1, 3, F, H, W) in [-1, 1] float32."""
+    return (torch.from_numpy(numpy.array(frames)).float() * (2 / 255) - 1).permute(3, 0, 1, 2)[None]
+
+
+def sampled_mask(masks: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Upstream's mask of the latents: one frame a latent frame, one pixel a cell, on the scale -1 to 1.
+
+    Args:
+        masks: (F, H, W) uint8.
+        size: latent frames, rows and columns.
+
+    Returns:
+        (1, 1, *size) float32; upstream's hard mask is where it exceeds 0.5.
+    """
+    return F.interpolate(masks[None, None].float() * (2 / 255) - 1, size=tuple(size), mode="nearest-exact")
+
+
+def keep_background(sample: Tensor, clean: Tensor, noise: Tensor, mask: Tensor, sigma: float) -> Tensor:
+    """Outside the mask the input video, noised to `sigma`, where the sample is after the step."""
+    return (1 - mask) * add_noise(clean, noise, sigma) + mask * sample
+
+
+def face_mask(masks: Tensor, cell: int) -> Tensor:
+    """Cells in which any pixel of any frame of the group shows the face: (F', H, W) uint8 -> (1, 1, F', h, w) of 0, 1.
+
+    Args:
+        masks: one for each latent frame, already the maximum over its frames (`frame_groups`).
+        cell: pixels of a latent cell on a side.
+    """
+    return F.max_pool2d((masks > 0).float(), cell)[None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames start to stop of the input, all with the face; first_latent is where they begin in the sample."""
+
+    start: int
+    stop: int
+    first_latent: int
+
+    @property
+    def latents(self) -> slice:
+        """4n+1 frames make n+1 latent frames; the last frame is repeated until the number is right."""
+        count = latent_frames(self.stop - self.start + -(self.stop - self.start - 1) % 4)
+        return slice(self.first_latent, self.first_latent + count)
+
+
+def plan_segments(has_face: Sequence[bool]) -> list[Segment]:
+    """The stretches of a video that show the face. What lies between them passes through."""
+    segments: list[Segment] = []
+    start = None
+    for i, shown in enumerate([*has_face, False]):
+        if shown and start is None:
+            start = i
+        elif not shown and start is not None:
+            segments.append(Segment(start, i, segments[-1].latents.stop if segments else 0))
+            start = None
+    return segments
+
+
+def frame_groups(count: int) -> list[range]:
+    """The frames each latent frame stands for: {0}, {1..4}, {5..8}, …; the last may be short."""
+    return [range(1), *(range(i, min(i + 4, count)) for i in range(1, count, 4))]
+
+
+def plan_windows(latents: slice, length: int, overlap: int) -> list[slice]:
+    """Windows of one length over a stretch of latent frames, each sharing at least `overlap` with the next.
+
+    A stretch that is not longer than one window is one window.
+    """
+    assert 0 <= overlap < length
+    last = latents.stop - length
+    if last <= latents.start:
+        return [latents]
+    starts = [*range(latents.start, last, length - overlap), last]
+    return [slice(start, start + length) for start in starts]
+
+
+def swap_schedule(settings: FaceSwapSettings) -> Schedule:
+    """The sampling of the part of the noise range that `denoising_strength` leaves.
+
+    Euler runs all its steps over the shorter range, as upstream; tables of the other solvers and a distilled model's
+    own steps lose their first ones.
+
+    Raises:
+        UsageError: no step is left.
+    """
+    strength, steps = settings.denoising_strength, settings.num_inference_steps
+    options = {"strength": strength} if settings.solver == "euler" and settings.timesteps is None else {}
+    if settings.timesteps is not None:
+        options = {"start_index": sum(t > 1000 * strength for t in settings.timesteps)}
+    elif settings.solver != "euler":
+        options = {"start_index": steps - max(round(steps * strength), 1)}
+    try:
+        return get_schedule(settings.solver, steps, settings.shift, timesteps=settings.timesteps, **options)
+    except ValueError as error:
+        raise UsageError(f"--denoising_strength {strength:g} lies below all --timesteps; raise it") from error
+
+
+@dataclass(frozen=True)
+class WindowedExpert:
+    """An expert that sees a long sample through windows; where they overlap their velocities are mixed."""
+
+    expert: Expert
+    windows: list[slice]
+
+    def velocity(self, sample: Tensor, timestep: Tensor, step: int, num_steps: int, condition=None) -> Tensor:
+        assert condition is None
+        total, weights = torch.zeros_like(sample), torch.zeros_like(sample[:1, :1, :, :1, :1])
+        for window in self.windows:
+            part = sample[:, :, window]
+            velocity = self.expert.velocity(part.contiguous(), timestep, step, num_steps)
+            length = part.shape[2]
+            ramp = torch.arange(1, length + 1, device=sample.device)
+            weight = torch.minimum(ramp, ramp.flip(0)).to(sample.dtype)[None, None, :, None, None]  # 1 2 3 … 3 2 1
+            total[:, :, window] += weight * velocity
+            weights[:, :, window] += weight
+        return total / weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The video
+
+
+class SwapVideo:
+    """The input video with a face to put on it.
+
+    Args:
+        frames: (F, H, W, 3) uint8.
+        faces: of each frame the face to replace, or None.
+        face: the photo's.
+        source: its five points, or None.
+        parser: for box mode.
+        multiple: of pixels that the model's sides must be.
+    """
+
+    def __init__(self, frames, faces: list[Face | None], face: FaceImage, source, parser, multiple: int):
+        self.frames, self.faces, self.face, self.source = frames, faces, face, source
+        self.parser, self.multiple = parser, multiple
+        self.segments = plan_segments([face is not None for face in faces])
+
+    def pasted(self, segment: Segment) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
+        """By groups of a segment: the frames with the face pasted (f, H', W', 3), padded to the model's sides and, at
+        the end, to a whole group; and what of them may change (H', W') uint8, one soft mask for the group.
+        """
+        for group in frame_groups(segment.stop - segment.start):
+            indices = [segment.start + i for i in group]
+            pairs = [
+                paste_face(self.frames[i], self.faces[i], self.face.rgba, self.source, self.parser) for i in indices
+            ]
+            frames = [pad_to_multiple(frame, self.multiple) for frame, _ in pairs]
+            if group.start > 0:
+                frames += [frames[-1]] * (4 - len(frames))
+            mask = soften(numpy.max([mask for _, mask in pairs], axis=0))
+            yield numpy.stack(frames), pad_to_multiple(mask[..., None], self.multiple)[..., 0]
+
+
+def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, output: Path | None) -> SwapVideo:
+    """Read the photo and the video and find the faces. The photo's face goes to NAME.face0.png beside `output`.
+
+    Raises:
+        InputError: the photo or the video cannot be read, or shows no face.
+        UsageError: there is no such face.
+    """
+    detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
+    face = read_face(settings, settings.ip_image[0], detector, parser)
+    if output is not None:
+        write_png(output.with_suffix(".face0.png"), face.rgb, overwrite=True)
+
+    name = settings.input_video
+    frames = read_frames(name)  # (F, H, W, 3)
+    detections = [detector(frame) for frame in frames]
+    faces = fill_gaps(follow_face(detections, settings.target_face_index))
+    shown = sum(face is not None for face in faces)
+    if not shown:
+        raise InputError(
+            f"--input_video {name}: no face found in its {len(frames)} frames ({info.width}x{info.height}); give a "
+            "video with a near frontal face of at least some 40 pixels"
+        )
+    if (most := max(map(len, detections))) > 1 and settings.target_face_index is None:
+        logger.warning(
+            "%s shows up to %d faces at once; the largest is replaced; choose with --target_face_index", name, most
+        )
+    logger.info("%s: the face is in %d of %d frames; the others pass through", name, shown, len(frames))
+    if isinstance(parser, BiSeNetParser):  # on frames upstream feeds it what it was trained on
+        parser = load_parser(settings.face_parser_path, "imagenet")
+    return SwapVideo(frames, faces, face, source_keypoints(face.rgba, detector), parser, multiple)
+
+
+class FaceSwapMaker(VideoMaker):
+    """Makes the swapped video of each job.
+
+    Args:
+        wan, text: as for `VideoMaker`.
+        video: from `open_swap_video`.
+        info: of the input file.
+    """
+
+    def __init__(self, wan: Wan, text: dict[str, Tensor], video: SwapVideo, info: VideoInfo):
+        super().__init__(wan, text, [video.face.rgb])
+        self.video = video
+        self.schedule = swap_schedule(self.settings)
+        self.audio_path = self.settings.input_video if info.has_audio else None
+        self.cell = wan.transformer_config.vae_spatial_factor
+        length = latent_frames(self.settings.num_frames)
+        self.windows = [
+            window
+            for segment in video.segments
+            for window in plan_windows(segment.latents, length, min(length // 4 + 1, length - 1))
+        ]
+        if len(self.windows) > 1 and self.settings.step_cache != "none":
+            raise UsageError(
+                f"--step_cache {self.settings.step_cache}: this video takes {len(self.windows)} windows, a step cache "
+                "follows one; leave it out, or cut the video"
+            )
+        with open(self.settings.input_video, "rb") as file:
+            self.video_hash = hashlib.file_digest(file, "sha256").hexdigest()
+
+        self.masks: list[numpy.ndarray] = []  # of each latent frame, (H', W') uint8
+        with wan.vae() as vae:
+            clean = [latents.cpu() for segment in video.segments for latents in self._encode(vae, segment)]
+        self.clean = torch.cat(clean, dim=2)  # (1, C, all segments, h, w): latents of the pasted video
+        self.face_mask = face_mask(torch.from_numpy(numpy.stack(self.masks)), self.cell)  # (1, 1, all segments, h, w)
+        self.noise: Tensor | None = None  # of the job that is being made
+
+    def _encode(self, vae, segment: Segment) -> Iterator[Tensor]:
+        def clips() -> Iterator[Tensor]:
+            for frames, mask in self.video.pasted(segment):
+                self.masks.append(mask)
+                yield frames_to_clip(frames)
+
+        return vae.encode_stream(clips(), tiling=Tiling() if self.settings.tiled else None)
+
+    # ------------------------------------------------------------------------------------------- what a step needs
+
+    def start(self, job: Job) -> Tensor:
+        """The pasted video, noised to the first sigma."""
+        _, channels, count, height, width = self.clean.shape
+        size = (channels, 4 * count - 3, height * self.cell, width * self.cell)
+        self.noise = initial_noise(size, job.seed, self.cell)
+        return add_noise(self.clean, self.noise, self.schedule.sigmas[0].item()).to(self.wan.device)
+
+    def after_step(self, step: int, sample: Tensor) -> Tensor:
+        """With `force_background_consistency` the input's background, at the noise of this moment."""
+        if not self.settings.force_background_consistency:
+            return sample
+        kept = (self.clean, self.noise, self.face_mask)
+        return keep_background(sample, *(t.to(sample) for t in kept), self.schedule.sigmas[step + 1].item())
+
+    def experts(self, job: Job) -> Callable[[int], Expert | WindowedExpert]:
+        expert_at = super().experts(job)
+        if len(self.windows) == 1:
+            return expert_at
+        return lambda step: WindowedExpert(expert_at(step), self.windows)
+
+    # ------------------------------------------------------------------------------------------- what comes out
+
+    def frames(self, vae, latents: Tensor) -> Iterator[numpy.ndarray]:
+        """Every frame of the input, in pieces (f, H, W, 3) uint8: generated where the face is, else as it was."""
+        done = 0
+        for segment in self.video.segments:
+            yield from self._untouched(done, segment.start)
+            done = segment.start
+            pieces = super().frames(vae, latents[:, :, segment.latents])
+            for number, piece in enumerate(pieces):  # the first frame, then groups of four
+                pixels = self._finish(frames_to_uint8(piece), done, segment, self.masks[segment.first_latent + number])
+                yield pixels
+                done += len(pixels)
+        yield from self._untouched(done, len(self.video.frames))
+
+    def _untouched(self, start: int, stop: int) -> Iterator[numpy.ndarray]:
+        for i in range(start, stop):
+            yield self.video.frames[i : i + 1]
+
+    def _finish(self, generated: numpy.ndarray, first: int, segment: Segment, mask: numpy.ndarray) -> numpy.ndarray:
+        """Cut off what padding added, in time and on the sides; put the face into the input's pixels where asked."""
+        originals = self.video.frames[first : min(first + len(generated), segment.stop)]
+        height, width = originals.shape[1:3]
+        generated = generated[: len(originals), :height, :width]
+        if not self.settings.force_background_consistency:
+            return generated
+        mask = mask[:height, :width]
+        return numpy.stack([composite(a, b, mask) for a, b in zip(originals, generated, strict=True)])
+
+    def metadata(self, job: Job) -> dict:
+        segments = [[segment.start, segment.stop] for segment in self.video.segments]
+        return super().metadata(job) | {"input_video_sha256": self.video_hash, "segments": segments}

@@ -1,0 +1,98 @@
+"""The settings of a face swap, and the video they are for: checked without torch."""
+
+import dataclasses
+import logging
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from configs import load_config
+from errors import ResourceError, UsageError
+from models.wan.config import VARIANTS, WanConfig
+from pipelines.settings import PROJECT, Settings, resolve_settings
+from pipelines.video_file import VideoInfo, probe, readable_bytes, write_video
+
+logger = logging.getLogger("selfsame")
+
+DEMO_CLIP = Path("outputs/demo_clip.mp4")
+LARGEST_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class FaceSwapSettings(Settings):
+    """`num_frames` is the length of one window; height, width and fps are the input video's."""
+
+    input_video: str | None = None  # None: a clip made from the photo in assets/, for the tiny model only
+    denoising_strength: float = 0.85  # share of the noise range that is run: 1 keeps nothing of the pasted face
+    force_background_consistency: bool = False
+    target_face_index: int | None = None
+
+
+def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInfo]:
+    """Settings, config and measurements of the input video.
+
+    Raises:
+        UsageError: values out of bounds, or a flag for what the video decides.
+        InputError: a video that cannot be read.
+        ResourceError: a video that does not fit into memory.
+    """
+    for name in ("height", "width", "fps"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name}: a face swap keeps the input video's; leave it out, or convert the video first")
+    settings, config = resolve_settings(args, FaceSwapSettings)
+    strength = settings.denoising_strength
+    if not (isinstance(strength, int | float) and 0 < strength <= 1):
+        raise UsageError(f"--denoising_strength {strength}: accepted are numbers above 0, to 1")
+    if settings.target_face_index is not None and settings.target_face_index < 0:
+        raise UsageError(f"--target_face_index {settings.target_face_index}: faces are counted from 0, from the left")
+    if len(settings.ip_image) != 1:
+        raise UsageError(f"--ip_image: a face swap takes one photo, {len(settings.ip_image)} were given")
+    path = settings.input_video
+    if path is None:
+        if settings.config != load_config("tiny")["name"]:
+            raise UsageError("--input_video: give the video whose face is to be replaced")
+        path = str(make_demo_clip(DEMO_CLIP))
+    info = probe(path)
+    check_fits_memory(info, path)
+    shape = VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
+    multiple = 2 * shape.vae_spatial_factor
+    height, width = (math.ceil(side / multiple) * multiple for side in (info.height, info.width))
+    if max(height, width) > LARGEST_SIDE:
+        raise UsageError(f"--input_video {path}: {info.width}x{info.height}, at most {LARGEST_SIDE} a side; scale it")
+    if (height, width) != (info.height, info.width):
+        logger.info(
+            "%s: worked on as %dx%d (borders repeated), written as %dx%d", path, width, height, info.width, info.height
+        )
+    settings = dataclasses.replace(settings, input_video=path, height=height, width=width, fps=info.fps)
+    return settings, config, info
+
+
+def check_fits_memory(info: VideoInfo, path: str) -> None:
+    """The whole input is kept in memory, a byte a pixel for masks beside it."""
+    import psutil
+
+    needed, free = 4 * info.num_frames * info.height * info.width, psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            f"--input_video {path}: {info.num_frames} frames of {info.width}x{info.height} take "
+            f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free; cut the video into pieces"
+        )
+
+
+def make_demo_clip(path: Path, num_frames: int = 14, side: int = 192) -> Path:
+    """A slow pan and zoom over the photo in assets/, as a video at 16 fps."""
+    import cv2
+    from PIL import Image
+
+    photo = numpy.asarray(Image.open(PROJECT / "assets" / "face.png").convert("RGB"))
+    frames = []
+    for i in range(num_frames):
+        part = 250 - 3 * i  # pixels of the photo on a side
+        left, top = 100 + 2 * i, 5 + i
+        frames.append(cv2.resize(photo[top : top + part, left : left + part], (side, side), cv2.INTER_AREA))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, [numpy.stack(frames)], fps=16)
+    return path

@@ -1,0 +1,51 @@
+"""Which videos a run makes, and where they go. Plain functions without torch: a bad path is refused at once."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.settings import Settings
+from pipelines.video_file import free_disk_or_error, resolve_output
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make."""
+
+    prompt: str
+    seed: int
+    output: Path
+
+
+DEFAULT_OUTPUT = Path("outputs/output.mp4")
+
+
+def free_output() -> Path:
+    """outputs/output.mp4, or with the first number that is free."""
+    numbered = (DEFAULT_OUTPUT.with_stem(f"{DEFAULT_OUTPUT.stem}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([DEFAULT_OUTPUT], numbered) if not path.exists())
+
+
+def list_jobs(settings: Settings) -> list[Job]:
+    """Every prompt with every seed; with several jobs, their numbers go into the file names.
+
+    Raises:
+        UsageError: an output that cannot be written, or exists already.
+        ResourceError: the disk has no room for the videos.
+    """
+    several = len(settings.prompt) * len(settings.seed) > 1
+    output = Path(settings.output) if settings.output else free_output()
+    jobs = []
+    for number, prompt in enumerate(settings.prompt):
+        for seed in settings.seed:
+            path = output.with_name(f"{output.stem}-{number:03d}-seed{seed}{output.suffix}") if several else output
+            jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite)))
+    free_disk_or_error(output, len(jobs) * estimate_file_bytes(settings))
+    return jobs
+
+
+def estimate_file_bytes(settings: Settings) -> int:
+    """Bytes of one video at its worst (noise), and of the saved progress: four tensors of the size of the latents."""
+    pixels = settings.num_frames * settings.height * settings.width
+    latents = (settings.num_frames // 4 + 1) * (settings.height // 8) * (settings.width // 8) * 16
+    return pixels * 3 // 2 + 4 * 4 * latents

@@ -1,0 +1,86 @@
+"""The settings of LoRAs: which files, for which expert, how strong, merged or live. Checked before torch."""
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import known_configs, load_config
+from errors import UsageError, WeightsError
+from pipelines.settings import Settings, resolve_settings
+
+MODES = ("auto", "merged", "live")
+STRONGEST = 10.0  # accepted scales; LoRAs that are sliders are also used below 0
+
+
+@dataclass(frozen=True)
+class LoraSettings(Settings):
+    """`lora_path` changes every expert, `lora_path_high` and `lora_path_low` one of Wan2.2's two.
+
+    A scale is one number for all paths of its flag, or one a path.
+    """
+
+    lora_path: tuple[str, ...] = ()
+    lora_scale: tuple[float, ...] = (1.0,)
+    lora_path_high: tuple[str, ...] = ()
+    lora_scale_high: tuple[float, ...] = (1.0,)
+    lora_path_low: tuple[str, ...] = ()
+    lora_scale_low: tuple[float, ...] = (1.0,)
+    lora_config: str | None = None
+    lora_mode: str = "auto"
+    lora_partial: bool = False
+
+    @property
+    def live_loras(self) -> bool:
+        """float8 has three bits of fraction: most of a small change would be rounded away with the merged weight."""
+        return self.lora_mode == "live" or (self.lora_mode == "auto" and self.fp8)
+
+    def lora_files(self, num_experts: int) -> list[list[tuple[str, float]]]:
+        """(path, scale) of each expert's LoRAs: those of every expert first."""
+        experts = ("_high", "_low") if num_experts > 1 else ("",)
+        return [[pair for which in dict.fromkeys(("", expert)) for pair in self._scaled(which)] for expert in experts]
+
+    def _scaled(self, which: str) -> list[tuple[str, float]]:
+        paths, scales = getattr(self, f"lora_path{which}"), getattr(self, f"lora_scale{which}")
+        return list(zip(paths, scales * len(paths) if len(scales) == 1 else scales, strict=True))
+
+
+def resolve_lora_settings(args: Namespace, kind: type[LoraSettings] = LoraSettings) -> tuple[LoraSettings, dict]:
+    """`resolve_settings`, with the defaults that `--lora_config` brings.
+
+    Raises:
+        UsageError: also for scales that do not match their paths, or an expert that the model does not have.
+        WeightsError: a LoRA file that is not there.
+    """
+    settings, config = resolve_settings(args, kind, _brought_defaults(args.lora_config))
+    for which in ("", "_high", "_low"):
+        paths, scales = getattr(settings, f"lora_path{which}"), getattr(settings, f"lora_scale{which}")
+        if len(scales) not in (1, len(paths)):
+            raise UsageError(
+                f"--lora_scale{which}: {len(scales)} values for {len(paths)} --lora_path{which}; give one, or one each"
+            )
+        if not paths and getattr(args, f"lora_scale{which}"):
+            raise UsageError(f"--lora_scale{which}: there is no --lora_path{which} it could scale")
+        for scale in scales:
+            if not (math.isfinite(scale) and abs(scale) <= STRONGEST):
+                raise UsageError(f"--lora_scale{which} {scale}: accepted are {-STRONGEST:g} to {STRONGEST:g}")
+        if which and paths and not config.get("experts"):
+            raise UsageError(f"--lora_path{which}: {config['name']} is one model; use --lora_path")
+        for path in paths:
+            if not Path(path).exists():
+                raise WeightsError(f"--lora_path{which} {path}: no such file")
+    if not any(settings.lora_files(2)):
+        raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+    if settings.lora_mode not in MODES:
+        raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
+    return settings, config
+
+
+def _brought_defaults(name: str | None) -> dict:
+    if name is None:
+        return {}
+    config = load_config(name)
+    if not config.get("lora"):
+        known = [name for name in known_configs() if load_config(name).get("lora")]
+        raise UsageError(f"--lora_config {name}: not of a LoRA; known: {', '.join(known)}, or a .yaml with lora: true")
+    return config["defaults"]

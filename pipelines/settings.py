@@ -1,0 +1,262 @@
+"""The settings of a run: flags over an earlier run's JSON over the config over general defaults, checked before torch.
+
+Every value has one home: what depends on the model is in configs/, the rest is a default of `Settings`.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import load_config
+from errors import InputError, UsageError
+from models.wan.config import VARIANTS, WanConfig
+from models.wan.tea_cache import COEFFICIENTS
+from preprocess.prompts import read_prompts
+
+logger = logging.getLogger("selfsame")
+
+CHOICES = {
+    "solver": ("euler", "euler-flow", "unipc", "dpm++"),
+    "dtype": ("auto", "bf16", "fp16", "fp32"),
+    "vae_dtype": ("auto", "bf16", "fp16", "fp32"),
+    "memory": ("resident", "model", "group", "sequential"),
+    "step_cache": ("none", "teacache", "first_block"),
+}
+WAN_VERSIONS = ("2.1", "2.2")
+# name -> smallest and largest accepted value. Positions of the released models end at 1024 tokens per axis.
+BOUNDS = {
+    "height": (16, 16384),
+    "width": (16, 16384),
+    "num_frames": (1, 4093),
+    "num_inference_steps": (1, 1000),
+    "fps": (1, 240),
+    "quality": (1, 10),
+    "shift": (0.01, 100),
+    "guidance_scale": (0, 100),
+    "seed": (0, 2**63 - 1),
+    "step_cache_threshold": (0, 10),
+    "identity_strength": (0, 10),
+    "identity_start": (0, 1),
+    "identity_end": (0, 1),
+    "ulysses_degree": (1, 1024),
+    "ring_degree": (1, 1024),
+    "timesteps": (1, 1000),
+}
+PROJECT = Path(__file__).parent.parent
+# Not taken from an earlier run's JSON: they say where and how to write, not what.
+OF_ONE_RUN = ("output", "overwrite", "preview", "config")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
+
+    # what
+    prompt: tuple[str, ...]
+    ip_image: tuple[str, ...]
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    # how
+    num_inference_steps: int
+    guidance_scale: tuple[float, ...]  # one value, or one for the high- and one for the low-noise expert
+    shift: float
+    solver: str
+    # which weights
+    config: str
+    base_path: str | None = None
+    vae_path: str | None = None
+    text_encoder_path: str | None = None
+    stand_in_path: str | None = None
+    antelopv2_path: str | None = None
+    face_parser_path: str | None = None
+
+    seed: tuple[int, ...] = (0,)
+    timesteps: tuple[float, ...] | None = None
+    step_cache: str = "none"
+    step_cache_threshold: float = 0.1
+    identity_strength: float = 1.0
+    identity_start: float = 0.0
+    identity_end: float = 1.0
+    face_index: int | None = None
+    allow_no_face: bool = False
+    no_face_crop: bool = False
+    # where and on what
+    output: str | None = None  # None: outputs/output.mp4, or the next free number
+    overwrite: bool = False
+    quality: int = 9
+    preview: bool = False
+    tiled: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    vae_dtype: str = "auto"
+    attention_backend: str = "native"
+    memory: str = "model"
+    fp8: bool = False
+    compile: bool = False
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def resolve_settings(
+    args: Namespace, kind: type[Settings] = Settings, brought: Mapping[str, object] | None = None
+) -> tuple[Settings, dict]:
+    """Merge the sources of settings and check them.
+
+    Args:
+        args: parsed flags; None means not given.
+        kind: a script's own settings, `Settings` with further fields.
+        brought: defaults that come with an adapter the user chose: over everything but flags.
+
+    Returns:
+        the settings, and the config they rest on (`configs.load_config`).
+
+    Raises:
+        UsageError: a value out of its bounds, an unknown config, a combination that makes no sense.
+        InputError: a JSON that is not one of ours.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "prompt" in given:
+        given["prompt"] = read_prompts(given["prompt"])
+    wan_version = given.pop("wan_version", None)
+    if wan_version not in (None, *WAN_VERSIONS):
+        raise UsageError(f"--wan_version {wan_version}: accepted are {', '.join(WAN_VERSIONS)}")
+    earlier = read_run_json(given["config"], kind) if str(given.get("config", "")).endswith(".json") else {}
+    config_name = earlier.pop("config", None) or given.get("config") or _default_config(given, wan_version)
+    if wan_version is not None and config_name != f"stand-in-wan{wan_version}":
+        raise UsageError(f"--wan_version {wan_version} and --config {config_name} contradict each other; give one")
+    config = load_config(config_name)
+    if config.get("lora"):
+        raise UsageError(f"--config {config_name}: says how a LoRA is sampled, not which model; use --lora_config")
+
+    fields = {field.name for field in dataclasses.fields(kind)}
+    values = {key: value for key, value in config["defaults"].items() if key in fields}
+    if "ip_image" in values:
+        values["ip_image"] = str(PROJECT / values["ip_image"])
+    values |= earlier
+    values |= brought or {}
+    if isinstance(guidance := values.get("guidance_scale"), dict):
+        values["guidance_scale"] = (guidance["high"], guidance["low"])
+    values |= {key: value for key, value in given.items() if key in fields}
+    values["config"] = config_name
+    for field in dataclasses.fields(kind):
+        if "tuple" in str(field.type) and (value := values.get(field.name)) is not None:
+            values[field.name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not has_identity(config):
+        values.setdefault("ip_image", ())
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    missing = [f"--{name}" for name in required if name not in values]
+    if missing:
+        raise UsageError(f"config {config_name} leaves open: {', '.join(missing)}; give them")
+    return check_settings(kind(**values), config), config
+
+
+def has_identity(config: dict) -> bool:
+    """Whether the config comes with Stand-In weights."""
+    return "stand_in" in config or "stand_in" in config.get("files", {})
+
+
+def _default_config(given: dict, wan_version: str | None) -> str:
+    if wan_version is not None:
+        return f"stand-in-wan{wan_version}"
+    return "stand-in-wan2.1" if "base_path" in given or "stand_in_path" in given else "tiny"
+
+
+def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
+    """The settings in the JSON that an earlier run wrote beside its video."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        settings = content["settings"]
+        known = {field.name for field in dataclasses.fields(kind)}
+        if unknown := sorted(set(settings) - known):
+            raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--config {path}: not the JSON of an earlier run ({error})") from error
+    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
+
+
+def check_settings(settings: Settings, config: dict) -> Settings:
+    """Bounds, choices and combinations; sizes rounded up to what the model can make, with a message."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not (isinstance(number, int | float) and math.isfinite(number) and low <= number <= high):
+                raise UsageError(f"--{name} {number}: accepted are {low:g} to {high:g}")
+    for name, accepted in CHOICES.items():
+        value = getattr(settings, name)
+        if value not in accepted:
+            raise UsageError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+    if settings.identity_start > settings.identity_end:
+        raise UsageError(
+            f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"
+        )
+    if settings.ip_image and not has_identity(config):
+        raise UsageError(
+            f"--ip_image: config {config['name']} has no identity weights; Stand-In was released for the 14B models: "
+            "use --wan_version 2.1 or 2.2, or leave --ip_image out"
+        )
+    for photo in settings.ip_image:
+        if "://" not in photo and not Path(photo).is_file():
+            raise InputError(f"--ip_image {photo}: no such file; give a picture's path or URL")
+    if len(settings.guidance_scale) > (2 if config.get("experts") else 1):
+        raise UsageError(f"--guidance_scale: {len(settings.guidance_scale)} values for one model; give one")
+    if config.get("variant", "t2v").split("-")[0] not in ("t2v", "ti2v"):
+        raise UsageError(f"--config {config['name']}: a {config['variant']} model starts from a picture, not from text")
+    if settings.fp8 and settings.memory in ("group", "sequential"):
+        raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+    fitted = config.get("tiny") or (config["variant"] in COEFFICIENTS and not config.get("experts"))
+    if settings.step_cache == "teacache" and not fitted:
+        raise UsageError(
+            f"--step_cache teacache: fitted for {', '.join(COEFFICIENTS)} of Wan2.1, not for {config['name']}; "
+            "use first_block"
+        )
+    if settings.step_cache != "none" and settings.compile:
+        raise UsageError("--step_cache with --compile: a skipped step cannot be compiled in; choose one")
+
+    shape = VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
+    multiple = 2 * shape.vae_spatial_factor  # a token covers 2 x 2 latent cells
+    rounded = {
+        "height": math.ceil(settings.height / multiple) * multiple,
+        "width": math.ceil(settings.width / multiple) * multiple,
+        "num_frames": math.ceil((settings.num_frames - 1) / 4) * 4 + 1,
+    }
+    for name, value in rounded.items():
+        if value != getattr(settings, name):
+            rule = "4n+1" if name == "num_frames" else f"a multiple of {multiple}"
+            logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
+    settings = dataclasses.replace(settings, **rounded)
+    check_split(settings, shape)
+    return settings
+
+
+REFERENCE_TOKENS = 32 * 32  # of a 512 x 512 photo
+
+
+def check_split(settings: Settings, shape: WanConfig) -> None:
+    """Whether the tokens and heads of a video can be divided over the processes."""
+    processes = settings.ulysses_degree * settings.ring_degree
+    token = 2 * shape.vae_spatial_factor
+    tokens = ((settings.num_frames - 1) // 4 + 1) * (settings.height // token) * (settings.width // token)
+    degrees = f"--ulysses_degree {settings.ulysses_degree} x --ring_degree {settings.ring_degree}"
+    if tokens % processes:
+        raise UsageError(f"{degrees}: the video's {tokens} tokens do not divide by {processes}; change size or frames")
+    if settings.ip_image and REFERENCE_TOKENS * len(settings.ip_image) % processes:
+        raise UsageError(
+            f"{degrees}: the photo's {REFERENCE_TOKENS} tokens do not divide by {processes}; use 2, 4 or 8"
+        )
+    if shape.num_heads % settings.ulysses_degree:
+        raise UsageError(
+            f"--ulysses_degree {settings.ulysses_degree}: the model's {shape.num_heads} heads do not divide by it"
+        )

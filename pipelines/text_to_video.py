@@ -1,0 +1,338 @@
+"""Identity-preserving text-to-video: prompts and photos to mp4 files, one job a prompt and seed."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import ResourceError, UserError
+from models.identity.stand_in import Identity, StandIn
+from models.wan.schedulers import expert_index, get_schedule, make_solver
+from models.wan.tea_cache import COEFFICIENTS, TeaCache
+from models.wan.transformer import Plugin, Prompt, WanTransformer
+from models.wan.vae import Tiling
+from pipelines.conditions import image_to_clip, initial_noise
+from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError, Step, denoise, two_branch
+from pipelines.job_state import JobState
+from pipelines.jobs import Job
+from pipelines.memory import is_out_of_memory, next_mode, stage
+from pipelines.settings import Settings
+from pipelines.video_file import VideoWriter, frames_to_uint8
+from pipelines.wan import Wan
+from preprocess.face import FaceImage, load_parser, prepare_face
+from preprocess.face_detection import load_detector
+from preprocess.image import read_image, write_png
+
+logger = logging.getLogger("selfsame")
+
+BLANK = 1.0  # standard deviation of 8-bit pixels below which a whole clip counts as blank
+
+
+def read_face(settings: Settings, photo: str, detector, parser) -> FaceImage:
+    """One person's photo, with the face cut out as the settings say."""
+    return prepare_face(
+        read_image(photo, "--ip_image"),
+        detector,
+        parser,
+        face_index=settings.face_index,
+        allow_no_face=settings.allow_no_face,
+        crop=not settings.no_face_crop,
+        name=photo,
+    )
+
+
+def prepare_faces(settings: Settings, output: Path | None = None) -> list[numpy.ndarray]:
+    """Each person's photo -> (512, 512, 3) uint8, the face on white; also written as NAME.faceN.png beside `output`.
+
+    Raises:
+        InputError: a photo that cannot be read, or without a face.
+    """
+    faces = []
+    detector = parser = None
+    if settings.ip_image and not settings.no_face_crop:
+        detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
+    for number, photo in enumerate(settings.ip_image):
+        face = read_face(settings, photo, detector, parser).rgb
+        if output is not None:
+            write_png(output.with_suffix(f".face{number}.png"), face, overwrite=True)
+        faces.append(face)
+    return faces
+
+
+class VideoMaker:
+    """Makes jobs one after another with parts loaded once.
+
+    Args:
+        wan: the model.
+        text: prompt -> states, of every prompt and the negative prompt (`Wan.encode_prompts`).
+        faces: photos as `prepare_faces` gives them; empty for plain text-to-video.
+    """
+
+    audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
+
+    def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
+        self.wan, self.text, self.settings = wan, text, wan.settings
+        self.face_hashes = [hashlib.sha256(face.tobytes()).hexdigest() for face in faces]
+        self.references: list[Tensor] = []  # latents (1, C, 1, 64, 64); never tiled, as in training
+        if faces:
+            with wan.vae() as vae:
+                self.references = [vae.encode(image_to_clip(face).to(wan.device)) for face in faces]
+        self.schedule = get_schedule(
+            self.settings.solver,
+            self.settings.num_inference_steps,
+            self.settings.shift,
+            timesteps=self.settings.timesteps,
+        )
+        self._identities: dict[int, Identity] = {}
+        self._adapters: dict[int, StandIn] = {}
+
+    # ------------------------------------------------------------------------------------------------ one video
+
+    def make(self, job: Job) -> Path:
+        """Denoise, decode into the file, and remove the saved progress. Another run of the same job waits outside."""
+        started = time.monotonic()
+        metadata = self.metadata(job)
+        state = JobState(job.output, metadata)
+        writes = self.wan.processes.writes
+        writer = VideoWriter(
+            job.output,
+            fps=self.settings.fps,
+            quality=self.settings.quality,
+            metadata=metadata,
+            audio_path=self.audio_path,
+        )
+        with writer if writes else contextlib.nullcontext():
+            latents = self.denoise(job, state)
+            self.wan.release_transformers()
+            if writes:
+                # Both may have been changed on the way, to get through.
+                ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
+                writer.describe(metadata | {"ran_with": ran_with})
+                self.decode(latents, writer)
+        self.wan.processes.wait()
+        if writes:
+            state.remove()
+            logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
+        return job.output
+
+    def denoise(self, job: Job, state: JobState) -> Tensor:
+        """Noise to clean latents, from where an interrupted run stopped; with less memory after running out of it."""
+        noise = self.start(job)
+        keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save each step
+        progress = ProgressBar(self.schedule.num_steps, job.output.name, shown=self.wan.processes.rank == 0)
+        fresh = make_solver(self.schedule).state_dict()
+        while True:
+            resume = self.wan.processes.share(state.load(fresh) if keeps_state else None)
+            if resume is not None and resume[0] > progress.done:
+                logger.info("%s: going on after step %d of %d", job.output, resume[0], self.schedule.num_steps)
+            progress.start_at(resume[0] if resume else 0)
+
+            def on_step(step: Step) -> None:
+                if keeps_state and self.wan.processes.writes:
+                    state.save(step)
+                progress.advance()
+                if self.settings.preview and self.wan.processes.writes:
+                    self.preview(job, step)
+
+            try:
+                with progress:
+                    return denoise(
+                        noise,
+                        self.schedule,
+                        self.experts(job),
+                        after_step=self.after_step,
+                        on_step=on_step,
+                        resume=resume,
+                    )
+            except RuntimeError as error:
+                self.mend(error)
+
+    def mend(self, error: RuntimeError) -> None:
+        """Change what can be changed after a failed step, so that the loop can go on; else raise."""
+        wan = self.wan
+        if isinstance(error, NonFiniteLatentsError):
+            if wan.attention_backend == "native":
+                raise UserError(f"{error} (attention native, {wan.dtype}); try --dtype fp32") from error
+            logger.warning("%s with attention backend %s; going on with native", error, wan.attention_backend)
+            wan.use_attention_backend("native")
+            self._identities.clear()
+        elif is_out_of_memory(error):
+            mode = next_mode(wan.memory)
+            if mode is None or wan.processes.context_parallel:
+                raise ResourceError(
+                    f"out of memory while denoising with --memory {wan.memory}; try fewer frames or a smaller size"
+                ) from error
+            logger.warning("out of memory while denoising with --memory %s; going on with %s", wan.memory, mode)
+            self._identities.clear()
+            wan.use_memory_mode(mode)
+        else:
+            raise error
+
+    def decode(self, latents: Tensor, writer: VideoWriter) -> None:
+        """Stream the frames into the file; the whole video is never in memory."""
+        deviations = []
+        with self.wan.vae() as vae, stage("decoding", "try --tiled or --vae_dtype bf16"):
+            for frames in self.frames(vae, latents):
+                pixels = frames_to_uint8(frames)  # (f, H, W, 3)
+                deviations.append(float(pixels.std()))
+                writer.write(pixels)
+        if max(deviations) < BLANK:
+            logger.warning(
+                "%s: all frames are one flat colour; try --dtype fp32 or --attention_backend native", writer.path
+            )
+
+    def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
+        options = {
+            "tiling": Tiling() if self.settings.tiled else None,
+            "cache_device": "cpu" if self.wan.memory == "sequential" else None,
+        }
+        return vae.decode_stream(latents.to(self.wan.device), **options)
+
+    def preview(self, job: Job, step: Step) -> None:
+        """The model's present guess of the middle frame, decoded alone, as NAME.preview.png."""
+        middle = step.clean.shape[2] // 2
+        with self.wan.vae() as vae:
+            frame = vae.decode(step.clean[:, :, middle : middle + 1])
+        write_png(job.output.with_suffix(".preview.png"), frames_to_uint8(frame)[0], overwrite=True)
+
+    # ------------------------------------------------------------------------------------------- what a step needs
+
+    def start(self, job: Job) -> Tensor:
+        """What the first step starts from: noise here; a noised video where one is given."""
+        config = self.wan.transformer_config
+        size = (config.out_dim, self.settings.num_frames, self.settings.height, self.settings.width)
+        return initial_noise(size, job.seed, config.vae_spatial_factor).to(self.wan.device)
+
+    def after_step(self, step: int, sample: Tensor) -> Tensor:
+        """What is done to the sample after each step: nothing here; a background is put back where one is kept."""
+        return sample
+
+    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
+        """What takes part in every forward pass of this expert: the identity here; control beside it elsewhere."""
+        identity = self.identity(index, transformer)
+        return [] if identity is None else [identity]
+
+    def experts(self, job: Job) -> Callable[[int], Expert]:
+        """step -> the expert of that step, made at its first step: weights are switched once a video."""
+        boundary = self.wan.config.get("boundary")
+        scales = self.settings.guidance_scale
+        current: dict[int, Expert] = {}
+
+        def expert_at(step: int) -> Expert:
+            index = expert_index(self.schedule.timesteps[step], boundary)
+            if index not in current:
+                current.clear()
+                transformer = self.wan.transformer(index)
+                if transformer.is_cache_enabled:  # of the video before; the identity's pass is not one of its steps
+                    transformer.disable_cache()
+                plugins = self.plugins(index, transformer)
+                if self.settings.step_cache == "first_block":
+                    transformer.enable_cache(FirstBlockCacheConfig(threshold=self.settings.step_cache_threshold))
+                current[index] = Expert(
+                    transformer,
+                    {
+                        branch: Prompt([self.text[prompt].to(self.wan.device)], keep_keys_values=self.keeps_keys)
+                        for branch, prompt in ((POSITIVE, job.prompt), (NEGATIVE, self.settings.negative_prompt))
+                    },
+                    two_branch(scales[min(index, len(scales) - 1)]),
+                    plugins,
+                    self.tea_caches(),
+                )
+            return current[index]
+
+        return expert_at
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Text keys and values of all blocks take 0.8 GB for 14B: not worth it where memory is the concern."""
+        return self.wan.memory != "sequential"
+
+    def identity(self, index: int, transformer: WanTransformer) -> Identity | None:
+        """Keys and values of the photos for this expert, computed at the first video and kept for the next."""
+        if not self.references:
+            return None
+        if index not in self._identities:
+            if index not in self._adapters:
+                self._adapters[index] = self.wan.stand_in(index, transformer).scaled(self.settings.identity_strength)
+            token = 2 * self.wan.transformer_config.vae_spatial_factor
+            grid = (self.settings.height // token, self.settings.width // token)
+            steps = (self.settings.identity_start, self.settings.identity_end)
+            with torch.no_grad():
+                identity = self._adapters[index].encode(transformer, self.references, grid, steps)
+            if self.wan.processes.context_parallel:
+                identity = identity.shard(self.wan.processes.rank, self.wan.processes.count)
+            if self.wan.num_experts > 1 and self.wan.memory != "resident":
+                self._identities.clear()  # 800 MiB a photo: the other expert's are not needed now
+            self._identities[index] = identity
+        return self._identities[index]
+
+    def tea_caches(self) -> dict[str, TeaCache]:
+        if self.settings.step_cache != "teacache":
+            return {}
+        coefficients = COEFFICIENTS[self.wan.config.get("variant", "t2v-14B")]
+        return {
+            branch: TeaCache(self.schedule.num_steps, self.settings.step_cache_threshold, coefficients)
+            for branch in (POSITIVE, NEGATIVE)
+        }
+
+    # ------------------------------------------------------------------------------------------------- metadata
+
+    def metadata(self, job: Job) -> dict:
+        """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
+        settings = dataclasses.replace(self.settings, prompt=(job.prompt,), seed=(job.seed,)).as_dict()
+        for name in ("output", "overwrite", "preview"):
+            del settings[name]
+        return {
+            "made_by": "Selfsame",
+            "settings": settings,
+            "weights": self.wan.fingerprints(),
+            "faces": dict(zip(self.settings.ip_image, self.face_hashes, strict=True)),  # sha256 of the prepared pixels
+            "untrained": self.wan.is_tiny,
+            "sigmas": [round(sigma, 6) for sigma in self.schedule.sigmas.tolist()],
+            "device": self.wan.device.type,
+            "dtype": str(self.wan.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.wan.vae_dtype).removeprefix("torch."),
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+
+
+class ProgressBar:
+    """One bar for the run: step, seconds, time left."""
+
+    def __init__(self, steps: int, label: str, shown: bool):
+        self.steps, self.label, self.shown = steps, label, shown
+        self.done = 0
+        self._bar: tqdm | None = None
+
+    def start_at(self, step: int) -> None:
+        self.done = step
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar = tqdm(
+            total=self.steps,
+            initial=self.done,
+            desc=self.label,
+            unit="step",
+            disable=not self.shown,
+            dynamic_ncols=True,
+        )
+        return self
+
+    def advance(self) -> None:
+        self.done += 1
+        self._bar.update()
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()

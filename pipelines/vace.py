@@ -1,0 +1,278 @@
+"""Text-to-video under VACE control: the model with its branch, and the maker of videos of any length, by windows."""
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from configs import load_config
+from errors import WeightsError
+from models.vace import VaceBranch, load_vace
+from models.wan.checkpoint import fingerprint
+from models.wan.transformer import Plugin, WanTransformer
+from pipelines import tiny
+from pipelines.control_video import VaceSettings, Window, plan_windows, read_mask, spread_frames
+from pipelines.distributed import Processes
+from pipelines.job_state import JobState
+from pipelines.jobs import Job
+from pipelines.memory import stage
+from pipelines.text_to_video import VideoMaker
+from pipelines.vace_context import (
+    cover_resize,
+    fit_reference,
+    frames_to_clip,
+    mask_to_clip,
+    noise_with_references,
+    vace_context,
+    with_known_frames,
+)
+from pipelines.video_file import VideoWriter, probe, read_frames
+from pipelines.wan import Wan
+from preprocess.image import read_image
+
+logger = logging.getLogger("selfsame")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the user gave, at the size and length of the result.
+
+    frames: (T, H, W, 3) uint8, or None: nothing is given, everything is made.
+    mask: (T, H, W) uint8, 255 = make, 0 = keep; None: make everything.
+    references: pictures (H0, W0, 3) uint8 of any size, in order.
+    """
+
+    frames: numpy.ndarray | None
+    mask: numpy.ndarray | None
+    references: Sequence[numpy.ndarray]
+
+    def hashes(self) -> dict:
+        """What identifies the pixels, for the metadata."""
+
+        def sha256(pixels: numpy.ndarray | None) -> str | None:
+            return None if pixels is None else hashlib.sha256(numpy.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+        return {"video": sha256(self.frames), "mask": sha256(self.mask), "images": [sha256(r) for r in self.references]}
+
+
+def read_control(settings: VaceSettings, demonstrate: bool = False) -> Control:
+    """Read what the settings name. `demonstrate`: where they name nothing, a control video made on the fly.
+
+    Raises:
+        InputError: a file that cannot be decoded, or a coloured mask.
+    """
+    references = [read_image(picture, "--reference_image") for picture in settings.reference_image]
+    if settings.reference_video is None:
+        if not (demonstrate and not references):
+            return Control(None, None, references)
+        logger.info("no --reference_video: the control video of this demonstration is made from assets/face.png")
+        return Control(
+            tiny.demonstration_control(settings.num_frames, settings.height, settings.width), None, references
+        )
+    frames = read_frames(settings.reference_video)
+    mask = None if settings.reference_mask is None else read_mask(settings.reference_mask, len(frames))
+    chosen = list(range(settings.num_frames))
+    if settings.resample_control:
+        chosen, _ = spread_frames(len(frames), probe(settings.reference_video).fps, settings.num_frames)
+    frames = cover_resize(frames[chosen], settings.height, settings.width).numpy()
+    if mask is not None:
+        mask = cover_resize(mask[chosen][..., None], settings.height, settings.width)[..., 0].numpy()
+    return Control(frames, mask, references)
+
+
+class VaceWan(Wan):
+    """A Wan model with a VACE branch, which is loaded, moved and freed with its transformer."""
+
+    def __init__(self, settings: VaceSettings, config: dict, processes: Processes):
+        super().__init__(settings, config, processes)
+        self.is_tiny = self.is_tiny and settings.vace_path is None
+        self._branch: VaceBranch | None = None
+
+    @property
+    def base(self) -> dict:
+        """The released VACE model: it holds the base transformer, the VAE and the text encoder too."""
+        return self.config if "vace" in self.config else load_config("wan2.1-vace-14B")
+
+    @property
+    def vace_path(self) -> Path:
+        return Path(self.settings.vace_path or Path("checkpoints") / self.base.get("dest", ""))
+
+    @property
+    def base_path(self) -> Path:
+        """Where the VAE and the text encoder are looked for."""
+        if self.settings.base_path is not None:
+            return Path(self.settings.base_path)
+        return self.vace_path.parent if self.vace_path.is_file() else self.vace_path
+
+    def transformer_path(self, expert: int) -> Path:
+        return self.vace_path
+
+    def fingerprints(self) -> dict[str, str]:
+        files = super().fingerprints()
+        if self.settings.base_path is not None:
+            with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
+                files[str(self.base_path)] = fingerprint(self.base_path)
+        return files
+
+    def branch_bytes(self) -> int:
+        """What the branch adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""
+        shape, layers = self.transformer_config, self.base["vace"]["vace_layers"]
+        same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
+        with torch.device("meta"):
+            branch = VaceBranch(**same, vace_layers=layers)
+        whole = sum(p.numel() for p in branch.parameters())
+        values = {"resident": whole, "model": whole, "group": whole // len(layers), "sequential": 0}[self.memory]
+        return values * (1 if self.settings.fp8 else self.dtype.itemsize)
+
+    def branch(self) -> VaceBranch:
+        """The branch of the transformer that `transformer` returned last."""
+        return self._branch.to(self.device) if self.memory == "model" else self._branch
+
+    def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
+        if self.is_tiny:
+            self._branch = tiny.tiny_vace(self.config).set_compute_dtype(self.dtype)
+            transformer = super()._read_transformer(expert, device)
+        else:
+            transformer, self._branch = load_vace(
+                self.vace_path,
+                base_path=self.settings.base_path,
+                dtype=self.dtype,
+                device=device,
+                expect=self.transformer_config,
+                vace_layers=self.base["vace"]["vace_layers"],
+                hint=self.hint(self.base),
+            )
+        self._place(self._branch)
+        return transformer
+
+    def release_transformers(self, keep: int | None = None) -> None:
+        if self.memory == "model" and keep is None and self._branch is not None:
+            self._branch.to("cpu")
+        super().release_transformers(keep)
+
+    def use_attention_backend(self, name: str) -> None:
+        super().use_attention_backend(name)
+        if self._branch is not None:
+            self._set_attention_backend(self._branch)
+
+    def use_memory_mode(self, memory: str) -> None:
+        self._branch = None
+        super().use_memory_mode(memory)
+
+
+class VaceMaker(VideoMaker):
+    """Makes jobs under one control. Videos longer than a window go on from the frames made last.
+
+    Args:
+        wan, text, faces: as for `VideoMaker`; faces may be empty.
+        control: from `read_control`.
+    """
+
+    def __init__(self, wan: VaceWan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray], control: Control):
+        super().__init__(wan, text, faces)
+        self.control = control
+        settings = self.settings
+        self.windows = plan_windows(settings.num_frames, settings.window_frames, settings.window_overlap)
+        self.pictures = [fit_reference(picture, settings.height, settings.width) for picture in control.references]
+        # Of the window that is being made:
+        self._number, self._context = 0, None
+
+    def make(self, job: Job) -> Path:
+        """As `VideoMaker.make`, window by window. A finished window's latents are kept until the video is whole."""
+        started = time.monotonic()
+        metadata = self.metadata(job)
+        states = [self.state(job, metadata, number) for number in range(len(self.windows))]
+        writes = self.wan.processes.writes
+        writer = VideoWriter(job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=metadata)
+        with writer if writes else contextlib.nullcontext():
+            made = WindowWriter(writer, self.settings.window_frames)
+            for number, (window, state) in enumerate(zip(self.windows, states, strict=True)):
+                if len(self.windows) > 1:
+                    logger.info("%s: window %d of %d", job.output, number + 1, len(self.windows))
+                self._number = number
+                self._context = self.encode(window, self.wan.processes.share(made.last(window.known)))
+                latents = self.denoise(job, state)[:, :, len(self.pictures) :]
+                self.wan.release_transformers()
+                if writes:
+                    if number == 0:
+                        ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
+                        writer.describe(metadata | {"ran_with": ran_with})
+                    made.skip = window.known
+                    self.decode(latents, made)
+                self.wan.processes.wait()
+        if writes:
+            for state in states:
+                state.remove()
+            logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
+        return job.output
+
+    def state(self, job: Job, metadata: dict, number: int) -> JobState:
+        """The saved progress of one window."""
+        if len(self.windows) == 1:
+            return JobState(job.output, metadata)
+        return JobState(job.output.with_stem(f"{job.output.stem}.window{number}"), metadata | {"window": number})
+
+    def encode(self, window: Window, known: numpy.ndarray | None) -> Tensor:
+        """The control context of one window, (1, 96, R + F, h, w)."""
+        size = (window.stop - window.start, self.settings.height, self.settings.width)
+        frames, mask = self.control.frames, self.control.mask
+        span = slice(window.start, window.stop)
+        video = torch.zeros(1, 3, *size) if frames is None else frames_to_clip(frames[span])
+        made = torch.ones(1, 1, *size) if mask is None else mask_to_clip(mask[span])
+        if known is not None:
+            video, made = with_known_frames(video, made, known)
+        device = self.wan.device
+        with (
+            torch.no_grad(),
+            self.wan.vae() as vae,
+            stage("encoding the control video", "try a smaller size or --vae_dtype bf16"),
+        ):
+            return vace_context(vae, video.to(device), made.to(device), [p.to(device) for p in self.pictures])
+
+    def start(self, job: Job) -> Tensor:
+        """Noise with a latent frame for each reference picture. Every window has its own: the same would repeat."""
+        window = self.windows[self._number]
+        size = (
+            self.wan.transformer_config.out_dim,
+            window.stop - window.start,
+            self.settings.height,
+            self.settings.width,
+        )
+        # Stand-In's own code and the official one order the same noise differently; each is as released.
+        with_identity = bool(self.references)
+        noise = noise_with_references(size, job.seed + self._number, len(self.pictures), last_first=with_identity)
+        return noise.to(self.wan.device)
+
+    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
+        control = self.wan.branch().plugin(self._context, self.settings.vace_scale)
+        return [*super().plugins(index, transformer), control]
+
+    def metadata(self, job: Job) -> dict:
+        return super().metadata(job) | {"control": self.control.hashes(), "windows": len(self.windows)}
+
+
+class WindowWriter:
+    """Writes the frames of each window that are new, and remembers the last ones."""
+
+    def __init__(self, writer: VideoWriter, most: int):
+        self.writer, self.path, self.most = writer, writer.path, most
+        self.skip = 0  # frames of the present window that are in the file already
+        self._last: list[numpy.ndarray] = []
+
+    def write(self, frames: numpy.ndarray) -> None:
+        new = frames[self.skip :]
+        self.skip -= len(frames) - len(new)
+        if len(new):
+            self.writer.write(new)
+            self._last = [*self._last, *new][-self.most :]
+
+    def last(self, count: int) -> numpy.ndarray | None:
+        """(count, H, W, 3) uint8, or None for none."""
+        return numpy.stack(self._last[-count:]) if count and self._last else None

@@ -1,0 +1,561 @@
+"""Video files: frames in, a whole mp4 out (or nothing), and what made it kept inside and beside it.
+
+    path = resolve_output(args.output, overwrite=args.overwrite)               # before anything heavy
+    with VideoWriter(path, fps=16, metadata=settings) as video:                # out.mp4 and out.json
+        for frames in vae.decode_stream(latents):                              # (1, 3, f, H, W) in [-1, 1]
+            video.write(frames)
+
+ffmpeg (the binary that imageio-ffmpeg brings) runs as our own subprocess, fed with raw frames, so memory stays flat.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError, ResourceError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are not kept apart there
+    fcntl = None
+
+logger = logging.getLogger("selfsame")
+
+NAME_LIMIT = 240  # bytes; file systems allow 255, the hidden part files need the rest
+PATH_LIMIT = 4000  # bytes; Linux allows 4096
+ENCODER_THREADS = 4  # fixed, not one per core: x264's output depends on the number of threads
+
+# RGB -> YUV by the BT.709 matrix in limited ("tv") range, and tagged as such. ffmpeg's own default is the BT.601 matrix
+# without a tag; players take HD for BT.709 then, and every colour shifts.
+TO_BT709 = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
+
+# An mp4 with its index in front, so that a browser plays it while it loads; and without version strings or dates.
+MP4 = ["-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-flags:a", "+bitexact", "-f", "mp4"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class VideoWriter:
+    """Write an H.264 mp4 (yuv420p, BT.709, index in front) chunk by chunk; it appears whole, or not at all.
+
+    The work goes to `.NAME.part.mp4` in the same folder, which is synced to disk and renamed when the `with` block ends
+    well; any exception in it, Ctrl-C included, removes it. While the block is open a lock keeps other runs off `path`.
+    Equal frames, settings and ffmpeg give equal bytes.
+
+    Args:
+        path: where to write, as `resolve_output` returns it. An existing file is replaced at the end, not before.
+        fps: frames per second, 0.1 to 1000 (23.976 is kept as 2997/125).
+        quality: 1 (smallest) to 10 (best). imageio's rule for libx264, crf = int((1 - quality / 10) * 51), except that
+            10 gives crf 1: crf 0 is lossless, an H.264 profile that browsers and most players do not decode.
+        metadata: JSON-like dict of what made the video. Goes into the mp4's comment tag and, indented, into NAME.json.
+            What JSON does not know (a path, a dtype) is stored as its `str`.
+        audio_path: a file whose first audio stream becomes the sound: encoded as AAC, cut to the video's length or
+            padded with silence.
+
+    Raises:
+        UsageError: fps or quality out of bounds, or another run is writing the same file.
+        InputError: `audio_path` has no readable audio.
+        ResourceError: ffmpeg died, which is nearly always a full disk; or the file could not be put in place.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        fps: float,
+        quality: float = 9,
+        metadata: dict | None = None,
+        audio_path: str | os.PathLike | None = None,
+    ):
+        if not 0.1 <= fps <= 1000:
+            raise UsageError(f"fps is {fps}; a number from 0.1 to 1000 is accepted, 16 for instance")
+        if not 1 <= quality <= 10:
+            raise UsageError(f"quality is {quality}; 1 (smallest file) to 10 (best picture) is accepted")
+        if audio_path is not None and not probe_streams(audio_path).has_audio:
+            raise InputError(f"{audio_path} has no sound to put into the video; give a file with an audio stream")
+        self.path = Path(path)
+        self.fps = Fraction(fps).limit_denominator()
+        self.crf = max(int((1 - quality / 10) * 51), 1)
+        self._ffmpeg = None
+        self.metadata_json = None
+        if metadata is not None:
+            self.describe(metadata)  # now, so that a bad value fails early
+        self.audio_path = audio_path
+        self.num_frames = 0
+        self.width = self.height = None  # of the file, known from the first frames on
+        self._given_size = None  # (height, width) of the frames; the file's may be one larger
+        self.part = self.path.with_name(f".{self.path.stem}.part.mp4")
+        self.sound_part = self.path.with_name(f".{self.path.stem}.part.sound.mp4")
+        self.sidecar = sidecar_path(self.path)
+        self.sidecar_part = self.path.with_name(f".{self.path.stem}.part.json")
+
+    def __enter__(self):
+        self._resources = contextlib.ExitStack()
+        try:
+            lock = os.open(self.part, os.O_CREAT | os.O_RDWR, 0o666)  # also what a killed run left
+            self._resources.callback(os.close, lock)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._resources.close()
+                raise UsageError(f"another run is writing {self.path}; wait for it or give another --output") from None
+            except OSError:
+                logger.debug("%s: the file system has no locks", self.path)
+        return self
+
+    def describe(self, metadata: dict) -> None:
+        """Replace the metadata by what is known by now; until the first frame is written."""
+        assert self._ffmpeg is None, "the metadata is in the file already"
+        self.metadata_json = to_json(metadata)
+
+    def write(self, frames) -> None:
+        """Append frames; all calls must agree in size.
+
+        Args:
+            frames: (F, H, W, 3) uint8, NumPy or torch; or (1, 3, F, H, W) float in [-1, 1], see `frames_to_uint8`.
+        """
+        frames = frames_to_uint8(frames)  # (F, H, W, 3)
+        height, width = frames.shape[1:3]
+        if self._given_size is None:
+            self._given_size = (height, width)
+            self.height, self.width = height + height % 2, width + width % 2  # 4:2:0 chroma needs even sides
+            if (self.height, self.width) != (height, width):
+                logger.warning(
+                    "frames of %dx%d become %dx%d: H.264 needs even sides, the last row or column is repeated",
+                    *(width, height, self.width, self.height),
+                )
+        if (height, width) != self._given_size:
+            raise ValueError(f"frames of {width}x{height} in a video of {self._given_size[1]}x{self._given_size[0]}")
+        frames = np.pad(frames, ((0, 0), (0, self.height - height), (0, self.width - width), (0, 0)), mode="edge")
+        try:
+            if self._ffmpeg is None:
+                self._start_ffmpeg()
+            for frame in frames:
+                self._ffmpeg.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:  # it is dead; the reason is in its stderr
+            self._ffmpeg.wait()
+            raise self._ffmpeg_error() from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        self.num_frames += len(frames)
+
+    def __exit__(self, exception_type, exception, traceback):
+        done = False
+        try:
+            if exception_type is None:
+                self._finish()
+                done = True
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        finally:
+            if not done:
+                self._discard()
+            self._resources.close()  # gives up the lock
+
+    def _start_ffmpeg(self):
+        inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
+        inputs += ["-i", "pipe:0"]
+        outputs = ["-map", "0:v:0", "-map_chapters", "-1"]
+        # The comment travels in a file: a long prompt does not fit on a command line.
+        comment = tempfile.NamedTemporaryFile(suffix=".ffmetadata")  # noqa: SIM115 - _resources closes and removes it
+        self._resources.enter_context(comment)
+        comment.write(ffmetadata({} if self.metadata_json is None else {"comment": self.metadata_json}))
+        comment.flush()
+        inputs += ["-f", "ffmetadata", "-i", comment.name]
+        outputs += ["-map_metadata", "1"]
+        outputs += ["-vf", TO_BT709, "-c:v", "libx264", "-crf", str(self.crf), "-threads:v", str(ENCODER_THREADS)]
+        outputs += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - likewise; a pipe that nobody reads could fill up
+        self._resources.enter_context(self._stderr)
+        self._ffmpeg = subprocess.Popen(
+            [ffmpeg_exe(), "-v", "error", "-y", *inputs, *outputs, *MP4, ffmpeg_url(self.part)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            start_new_session=True,  # Ctrl-C reaches us alone; what happens to the file is decided here
+        )
+
+    def _finish(self):
+        if self._ffmpeg is None:
+            raise ValueError(f"no frames were written to {self.path}")
+        with contextlib.suppress(BrokenPipeError):  # then the exit status says more
+            self._ffmpeg.stdin.close()
+        if self._ffmpeg.wait() != 0:
+            raise self._ffmpeg_error()
+        whole = self.part if self.audio_path is None else self._add_sound()
+        sync(whole)
+        if self.metadata_json is not None:
+            pretty = to_json(json.loads(self.metadata_json), indent=2) + b"\n"
+            self.sidecar_part.write_bytes(pretty)
+            sync(self.sidecar_part)
+            os.replace(self.sidecar_part, self.sidecar)
+        os.replace(whole, self.path)  # last: where the video is, all is
+        sync(self.path.parent)
+
+    def _add_sound(self) -> Path:
+        """Join picture and sound, now that the length is known. (-shortest in one go misses by up to seconds.)"""
+        length = float(self.num_frames / self.fps)
+        sound = ["-af", f"apad,atrim=end={length:.9f}", "-c:a", "aac", "-b:a", "192k"]
+        result = run_ffmpeg(
+            *("-y", "-i", ffmpeg_url(self.part), "-i", ffmpeg_url(self.audio_path), "-map", "0:v:0", "-map", "1:a:0"),
+            *("-map_metadata", "0", "-map_chapters", "-1", "-c:v", "copy", *sound, *MP4, ffmpeg_url(self.sound_part)),
+        )
+        if result.returncode != 0:
+            raise self._ffmpeg_error(result.stderr)
+        self.part.unlink()
+        return self.sound_part
+
+    def _discard(self):
+        if self._ffmpeg is not None:
+            self._ffmpeg.kill()
+            with contextlib.suppress(OSError):  # what is still buffered has nowhere to go
+                self._ffmpeg.stdin.close()
+            self._ffmpeg.wait()
+        for part in (self.part, self.sound_part, self.sidecar_part):
+            part.unlink(missing_ok=True)
+
+    def _ffmpeg_error(self, stderr: bytes | None = None):
+        if stderr is None:
+            self._stderr.seek(0)
+            stderr = self._stderr.read()
+        reason = reasons(stderr, f"exit status {self._ffmpeg.returncode}")[-1]
+        free = shutil.disk_usage(self.path.parent).free
+        return ResourceError(
+            f"ffmpeg stopped while writing {self.path} ({readable_bytes(free)} free there): {reason}; "
+            "free some disk space or give --output on another disk"
+        )
+
+
+def write_video(path: str | os.PathLike, chunks: Iterable, **settings) -> None:
+    """Write every chunk of frames that `chunks` yields; `settings` and errors are those of `VideoWriter`."""
+    with VideoWriter(path, **settings) as video:
+        for frames in chunks:
+            video.write(frames)
+
+
+def frames_to_uint8(frames) -> np.ndarray:
+    """Frames as 8-bit RGB, (F, H, W, 3).
+
+    Integers pass through. Floats, (1, 3, F, H, W) in [-1, 1], become round((x + 1) * 127.5), computed in float32, half
+    to even, clamped to 0..255; this is diffusers' rule. (The original Wan code truncates instead, on average half a
+    level darker.) NaN becomes 0 with a warning.
+
+    Raises:
+        ValueError: another shape or dtype, or a batch of several videos.
+    """
+    if "uint8" in str(frames.dtype):
+        frames = np.asarray(frames if isinstance(frames, np.ndarray) else frames.cpu())
+        if frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(f"uint8 frames must be (F, H, W, 3), not {tuple(frames.shape)}")
+        return frames
+    if "float" not in str(frames.dtype) or len(frames.shape) != 5 or frames.shape[:2] != (1, 3):
+        raise ValueError(f"float frames must be (1, 3, F, H, W), not {tuple(frames.shape)} {frames.dtype}")
+    if not isinstance(frames, np.ndarray):
+        frames = frames.detach().float().cpu().numpy()  # NumPy has no bfloat16
+    frames = frames[0].transpose(1, 2, 3, 0).astype(np.float32)  # (F, H, W, 3)
+    if np.isnan(frames).any():
+        logger.warning("the model produced NaN pixels; they are written as black")
+        frames = np.nan_to_num(frames, nan=-1.0)
+    return np.rint((frames.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+
+
+def sync(path: Path):
+    """Have the file (or the folder's names) on disk before going on, so that a power cut cannot leave half a video."""
+    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where to write
+
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
+
+
+def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str = ".mp4") -> Path:
+    """Check the file name that --output gave, create missing folders, and return it as an absolute path.
+
+    A link as the file itself is refused: putting the finished file in place would replace the link, not its target.
+    Links among the folders are fine.
+
+    Raises:
+        UsageError: nothing can or may be written there; the message says what to change.
+        ResourceError: the disk is full.
+    """
+    given, path = os.fspath(path), Path(os.path.abspath(os.path.expanduser(path)))
+    shown = given if len(given) <= 120 else f"{given[:100]}... ({len(given)} characters)"
+    if not given.strip() or "\0" in given:
+        raise UsageError(f"--output is {shown!r}; give a file name such as video{extension}")
+    if len(os.fsencode(path.name)) > NAME_LIMIT or len(os.fsencode(path)) > PATH_LIMIT:
+        raise UsageError(
+            f"--output {shown} is too long: a name may have {NAME_LIMIT} bytes, a path {PATH_LIMIT}; shorten it"
+        )
+    # is_dir() and friends say False, not "forbidden", where a parent folder may not be entered; that comes out below.
+    if given.endswith(("/", os.sep)) or path.is_dir():
+        raise UsageError(f"--output {shown} is a folder; give a file in it, {os.path.join(shown, 'video' + extension)}")
+    if path.suffix.lower() != extension:
+        raise UsageError(f"--output {shown} must end in {extension}; give {path.stem}{extension}")
+    if path.name.split(".")[0].strip().upper() in RESERVED_NAMES:
+        raise UsageError(f"--output {shown}: {path.stem} is a device name on Windows; give another name")
+    if path.is_symlink():
+        raise UsageError(f"--output {shown} is a link to {os.readlink(path)}; give that path itself")
+    prepare_folder(path.parent, shown)
+    for file in (path, sidecar_path(path)):
+        if not os.path.lexists(file):
+            continue
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            raise UsageError(f"--output {shown}: {file.name} exists and is no plain file; give another name")
+        if not overwrite:
+            record = "" if file == path else " (the record that goes beside the video)"
+            raise UsageError(f"--output {shown}: {file.name}{record} exists; give another name, or add --overwrite")
+    return path
+
+
+def prepare_folder(folder: Path, shown: str):
+    """Create the folder and try to write in it, which is the only test that holds for every user and file system."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"--output {shown}: no space left in {folder}") from None
+        raise UsageError(
+            f"--output {shown}: cannot write in {folder} ({error.strerror}); give a folder you may write in"
+        ) from None
+
+
+def safe_name(text: str, limit: int = 80) -> str:
+    """A file name (without extension) made from any text, a prompt for instance.
+
+    Letters, digits and accents of every script stay; anything else, emoji, dots and separators among it, becomes one
+    underscore, so the name can neither leave its folder nor look like a flag.
+
+    Args:
+        limit: length in UTF-8 bytes, 8 at least.
+    """
+    text = unicodedata.normalize("NFC", text[: 4 * limit])
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "-" else "_" for c in text)
+    name = re.sub("_+", "_", kept).strip("_-").encode()[:limit].decode(errors="ignore").strip("_-")
+    if not name:
+        return "video"
+    return f"video_{name}" if name.upper() in RESERVED_NAMES else name
+
+
+def sidecar_path(path: Path) -> Path:
+    """The record beside a video: out.mp4 -> out.json."""
+    return path.with_suffix(".json")
+
+
+def free_disk_or_error(path: str | os.PathLike, needed_bytes: int) -> None:
+    """Raise ResourceError unless the disk that holds (or will hold) `path` has `needed_bytes` free."""
+    folder = Path(os.path.abspath(path))
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"{path} needs about {readable_bytes(needed_bytes)} of disk, {folder} has {readable_bytes(free)} free; "
+            "make room or give --output on another disk"
+        )
+
+
+def cannot_write(path: Path, error: OSError):
+    return ResourceError(f"cannot write {path}: {error.strerror or error}; no half-written video was left behind")
+
+
+def readable_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def to_json(metadata: dict, indent: int | None = None) -> bytes:
+    """UTF-8 JSON, readable in any script. Half a surrogate pair (from a badly decoded command line) stays an escape."""
+    text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, indent=indent, default=str)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def ffmetadata(tags: dict[str, bytes]) -> bytes:
+    """ffmpeg's metadata file (ffmpeg.org/ffmpeg-formats.html, "Metadata"): a backslash before = ; # \\ and newline."""
+    lines = [b";FFMETADATA1\n"]
+    lines += [key.encode() + b"=" + re.sub(rb"([=;#\\\n])", rb"\\\1", value) + b"\n" for key, value in tags.items()]
+    return b"".join(lines)
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """What made the video: the JSON in its comment tag, else the record beside it.
+
+    Raises:
+        InputError: no such file, or neither place holds a JSON object.
+    """
+    result = run_ffmpeg("-i", ffmpeg_url(readable_file(path)), "-f", "ffmetadata", "pipe:1")
+    header = re.split(rb"\n\[", result.stdout)[0]  # before the first [STREAM] or [CHAPTER]
+    comment = re.search(rb"^comment=((?:\\.|[^\\\n])*)", header, re.MULTILINE | re.DOTALL)
+    texts = [re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL)] if comment else []
+    with contextlib.suppress(OSError):
+        texts.append(sidecar_path(Path(path)).read_bytes())
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            metadata = json.loads(text)
+            if isinstance(metadata, dict):
+                return metadata
+    raise InputError(f"{path} carries no record of what made it, and {sidecar_path(Path(path)).name} does not either")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is; width and height as it is shown (a phone's rotation applied)."""
+
+    width: int
+    height: int
+    fps: float  # mean over the file
+    num_frames: int
+    has_audio: bool
+    duration: float  # seconds of the video stream
+    pix_fmt: str
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Measure a video: its frames are counted from the file's packets, without decoding them.
+
+    Raises:
+        InputError: missing, damaged, or without video.
+    """
+    streams = probe_streams(path)
+    if streams.pix_fmt is None:
+        raise InputError(f"{path} has no video stream; give a video file")
+    # framecrc: a header "#key 0: value", then one line a packet: stream, dts, pts, duration, size, checksum
+    result = run_ffmpeg("-i", ffmpeg_url(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1")
+    lines = result.stdout.decode().splitlines()
+    header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
+    ticks = [int(line.split(",")[3]) for line in lines if not line.startswith("#")]
+    if result.returncode != 0 or sum(ticks) <= 0:
+        raise InputError(f"{path} cannot be read as a video: {reasons(result.stderr, 'no frames in it')[0]}")
+    width, height = map(int, header["dimensions 0"].split("x"))
+    if streams.rotated:
+        width, height = height, width
+    duration = sum(ticks) * Fraction(header["tb 0"])
+    return VideoInfo(
+        width, height, float(len(ticks) / duration), len(ticks), streams.has_audio, float(duration), streams.pix_fmt
+    )
+
+
+def read_frames(path: str | os.PathLike) -> np.ndarray:
+    """Decode a whole video, (F, H, W, 3) uint8 RGB, every stored frame once. For clips: it is all in memory.
+
+    Raises:
+        InputError: missing, damaged (also a file cut off in the middle), or without video.
+    """
+    info = probe(path)
+    result = run_ffmpeg(
+        *("-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"),
+        *("-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"),
+        *("-f", "rawvideo", "pipe:1"),
+    )
+    frame_bytes = info.height * info.width * 3
+    if result.returncode != 0 or not result.stdout or len(result.stdout) % frame_bytes:
+        raise InputError(f"{path} cannot be decoded: {reasons(result.stderr, 'its size changes')[0]}")
+    return np.frombuffer(result.stdout, np.uint8).reshape(-1, info.height, info.width, 3)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What ffmpeg's banner tells about a file."""
+
+    pix_fmt: str | None  # None: no video
+    has_audio: bool
+    rotated: bool  # by a quarter turn
+
+
+def probe_streams(path: str | os.PathLike) -> Streams:
+    """Which streams a media file has. imageio-ffmpeg brings no ffprobe, so this reads ffmpeg's banner.
+
+    Raises:
+        InputError: missing, or nothing that ffmpeg can read.
+    """
+    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", ffmpeg_url(readable_file(path))]
+    banner = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    if "Input #0" not in banner or "Input #0, tty" in banner:  # tty: ffmpeg would draw a text file as a video
+        raise InputError(f"{path} is no audio or video that ffmpeg can read; give an mp4, webm, wav, mp3 or the like")
+    lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
+    video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers
+    pix_fmt = re.search(r": Video: [^,]+, (\w+)", video[0]) if video else None
+    return Streams(
+        pix_fmt=pix_fmt[1] if pix_fmt else None,
+        has_audio=any(": Audio:" in line for line in lines),
+        rotated=re.search(r"^\s*display ?matrix: rotation of -?(90|270)\.", banner, re.M | re.I) is not None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ffmpeg
+
+
+def ffmpeg_exe() -> str:
+    """The ffmpeg binary: the one of imageio-ffmpeg, or what IMAGEIO_FFMPEG_EXE names."""
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ResourceError(f"no ffmpeg: {error}; run `pip install imageio-ffmpeg`") from None
+
+
+def run_ffmpeg(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([ffmpeg_exe(), "-nostdin", "-v", "error", *arguments], capture_output=True)
+
+
+def ffmpeg_url(path: str | os.PathLike) -> str:
+    """A path as ffmpeg must be told it: `-y`, `a:b.mp4` and `concat:x` are files, no flags or protocols."""
+    return f"file:{os.path.abspath(path)}"
+
+
+def readable_file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give a media file")
+    return path
+
+
+def reasons(stderr: bytes, otherwise: str) -> list[str]:
+    """ffmpeg's error lines without the "[component @ address]" in front; `otherwise` if there are none."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return [re.sub(r"^(\[[^]]*\] *)+", "", line.strip()) for line in lines] or [otherwise]

@@ -1,0 +1,291 @@
+"""The parts of one Wan model, loaded when first needed and placed by the memory mode."""
+
+import gc
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from configs import download_command
+from errors import UsageError, WeightsError
+from models.identity.stand_in import StandIn, load_stand_in
+from models.lora import Lora, attach_loras, merge_loras, read_lora
+from models.wan.checkpoint import fingerprint, load_transformer
+from models.wan.config import VARIANTS, WanConfig
+from models.wan.text_encoder import TextEncoder, load_text_encoder
+from models.wan.transformer import WanTransformer
+from models.wan.vae import WanVAE, load_vae
+from pipelines import tiny
+from pipelines.distributed import Processes, split_sequence
+from pipelines.memory import check_memory, estimate_device_bytes, free_cached, offload_groups
+from pipelines.settings import Settings
+
+logger = logging.getLogger("selfsame")
+
+diffusers_logging.set_verbosity_error()  # its notes on experimental features are for us, not for users
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EXPERTS = ("high", "low")
+
+
+class Wan:
+    """One model's parts.
+
+    Args:
+        settings, config: from `resolve_settings`.
+        processes: from `start_processes`; its device is where the model runs.
+    """
+
+    def __init__(self, settings: Settings, config: dict, processes: Processes):
+        self.settings, self.config, self.processes = settings, config, processes
+        self.device = processes.device
+        on_cpu = self.device.type == "cpu"
+        self.dtype = DTYPES.get(settings.dtype, torch.float32 if on_cpu else torch.bfloat16)
+        # The VAE is the cheap part to keep exact: released numerics are float32.
+        self.vae_dtype = DTYPES.get(settings.vae_dtype, torch.float32)
+        self.memory = settings.memory
+        self.attention_backend = settings.attention_backend
+        self.is_tiny = bool(config.get("tiny")) and settings.base_path is None
+        self._transformers: dict[int, WanTransformer] = {}
+        self._vae: WanVAE | None = None
+        self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
+        self._live_loras = False
+
+    # ------------------------------------------------------------------------------------------------ where files are
+
+    @property
+    def base(self) -> dict:
+        """The config of the base model, below an identity's own."""
+        config = self.config
+        while "transformer" not in config.get("files", {}) and config.get("base"):
+            config = config["base"]
+        return config
+
+    @property
+    def base_path(self) -> Path:
+        return Path(self.settings.base_path or Path("checkpoints") / self.base.get("dest", ""))
+
+    def hint(self, config: dict) -> str:
+        return download_command(config)
+
+    @property
+    def transformer_config(self) -> WanConfig:
+        return VARIANTS[self.config["variant"]] if "variant" in self.config else WanConfig(**self.config["transformer"])
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.config.get("experts") or (None,))
+
+    def transformer_path(self, expert: int) -> Path:
+        if (self.base_path / "model_index.json").is_file():  # a Diffusers repository
+            return self.base_path / ("transformer", "transformer_2")[expert]
+        if self.num_experts == 1:
+            return self.base_path
+        return self.base_path / self.config["experts"][EXPERTS[expert]]
+
+    def stand_in_path(self, expert: int) -> Path:
+        """The identity's file: as given, or found by any of its released and converted names."""
+        place = Path(self.settings.stand_in_path or Path("checkpoints") / self.config["dest"])
+        if place.is_file():
+            if self.num_experts > 1:
+                raise UsageError(f"--stand_in_path {place}: Wan2.2 needs two files; give the folder that holds both")
+            return place
+        versions = ("wan2.2", EXPERTS[expert]) if self.num_experts > 1 else ("wan2.1",)
+        found = [
+            file
+            for file in sorted(place.glob("*"))
+            if file.suffix in (".ckpt", ".pt", ".safetensors") and all(word in file.name.lower() for word in versions)
+        ]
+        if not found:
+            wanted = " ".join(("Stand-In", *versions))
+            raise WeightsError(f"{place}: no {wanted} weights there; {self.hint(self.config)}")
+        return found[0]
+
+    def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
+        """Look for what would end the run later, before anything loads.
+
+        Args:
+            at_once: settings of the most that is computed at one time, where that is less than the whole video.
+            beside: bytes of further parts on the device.
+
+        Raises:
+            WeightsError: files that are not there, with the command that fetches them.
+            ResourceError: more memory than the device has.
+        """
+        self.check_files()
+        shape = self.transformer_config
+        needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
+        check_memory(self.settings, needed + beside, self.device)
+        if self.is_tiny:
+            tiny.announce()
+
+    def check_files(self) -> None:
+        """Say what is missing before anything is loaded.
+
+        Raises:
+            WeightsError: with the command that fetches it.
+        """
+        if self.is_tiny:
+            return
+        for expert in range(self.num_experts):
+            if not self.transformer_path(expert).exists():
+                raise WeightsError(f"{self.transformer_path(expert)}: no such weights; {self.hint(self.base)}")
+            if self.settings.ip_image:
+                self.stand_in_path(expert)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the weights, for the metadata of the video."""
+        loras = {lora.source: fingerprint(lora.source) for loras in self._loras.values() for lora, _ in loras}
+        if self.is_tiny:
+            return {"tiny": f"untrained, seed {self.config['seed']}"} | loras
+        files = {}
+        for expert in range(self.num_experts):
+            files[str(self.transformer_path(expert))] = fingerprint(self.transformer_path(expert))
+            if self.settings.ip_image:
+                files[str(self.stand_in_path(expert))] = fingerprint(self.stand_in_path(expert))
+        return files | loras
+
+    # -------------------------------------------------------------------------------------------------- parts
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Text states (tokens, text_dim) of each distinct prompt, on the CPU. The encoder is freed before returning.
+
+        umT5 takes 10.6 GiB, more than the transformer does under `group`; prompts are short and are run without
+        padding, so there a CPU does it in seconds.
+        """
+        encoder = self._load_text_encoder().to("cpu" if self.memory in ("group", "sequential") else self.device)
+        distinct = list(dict.fromkeys(prompts))
+        states = {prompt: state.cpu() for prompt, state in zip(distinct, encoder.encode_prompts(distinct), strict=True)}
+        del encoder
+        self._free()
+        return states
+
+    def _load_text_encoder(self) -> TextEncoder:
+        if self.is_tiny:
+            return tiny.tiny_text_encoder(self.config)
+        path = self.settings.text_encoder_path or self.base_path
+        # fp32 weights would be 22 GB and are rounded from the released bfloat16 anyway; on a CPU bfloat16 is slow.
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        return load_text_encoder(path, dtype=dtype, hint=self.hint(self.base))
+
+    @contextmanager
+    def vae(self):
+        """The VAE on the device for as long as the `with` block runs."""
+        if self._vae is None:
+            if self.is_tiny:
+                self._vae = tiny.tiny_vae(self.config)
+            else:
+                path = self.settings.vae_path or self.base_path
+                self._vae = load_vae(path, dtype=self.vae_dtype, hint=self.hint(self.base))
+            self._vae = self._vae.to(self.vae_dtype)
+        try:
+            yield self._vae.to(self.device)
+        finally:
+            if self.memory != "resident":
+                self._vae.to("cpu")
+                free_cached(self.device)
+
+    def transformer(self, expert: int) -> WanTransformer:
+        """The expert's transformer, ready to run on the device; other experts leave it unless all are resident."""
+        if self.memory == "model":
+            self.release_transformers(keep=expert)
+        if expert not in self._transformers:
+            self._transformers[expert] = self._load_transformer(expert)
+        transformer = self._transformers[expert]
+        return transformer.to(self.device) if self.memory == "model" else transformer
+
+    def release_transformers(self, keep: int | None = None) -> None:
+        """Make room on the device for another part."""
+        if self.memory != "model":
+            return
+        for expert, transformer in self._transformers.items():
+            if expert != keep:
+                transformer.to("cpu")
+        free_cached(self.device)
+
+    def _load_transformer(self, expert: int) -> WanTransformer:
+        transformer = self._read_transformer(expert, self.device if self.memory == "resident" else None)
+        # Before fp8 storage, which small changes would not survive, and before hooks move the weights.
+        if loras := self._loras.get(expert):
+            if self._live_loras:
+                attach_loras(transformer, loras)
+            else:
+                merge_loras(transformer, loras, self.device)
+        self._place(transformer)
+        return transformer
+
+    def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
+        if self.is_tiny:
+            return tiny.tiny_transformer(self.config, expert).set_compute_dtype(self.dtype)
+        return load_transformer(
+            self.transformer_path(expert),
+            dtype=self.dtype,
+            device=device,
+            expect=self.transformer_config,
+            hint=self.hint(self.base),
+        ).requires_grad_(False)
+
+    def _place(self, transformer: WanTransformer) -> None:
+        """Prepare a transformer (or a branch beside it) to run as the settings say."""
+        self._set_attention_backend(transformer)
+        if self.processes.context_parallel:
+            split_sequence(transformer, self.settings.ulysses_degree, self.settings.ring_degree, self.device)
+        if self.settings.fp8:
+            transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        if self.memory in ("group", "sequential"):
+            offload_groups(transformer, self.device, self.memory, prefetch=isinstance(transformer, WanTransformer))
+        elif self.memory == "resident":
+            transformer.to(self.device)
+        if self.settings.compile:
+            transformer.compile_repeated_blocks()
+
+    def use_loras(self, files: Sequence[Sequence[tuple[str, float]]], live: bool, partial: bool = False) -> None:
+        """Change each expert's weights by these LoRAs, from its next loading on. The files are checked here, against a
+        transformer without weights, so that a wrong one is refused before the right base is loaded.
+
+        Args:
+            files: of each expert, (path, scale).
+            live: compute them beside the weights instead of merging them in.
+            partial: accept and list keys that do not apply.
+
+        Raises:
+            WeightsError, InputError: `read_lora`.
+        """
+        with torch.device("meta"):
+            shape = WanTransformer(**self.transformer_config.as_dict())
+        read = {path: read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
+        self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
+        self._live_loras = live
+        self._transformers.clear()
+
+    def use_attention_backend(self, name: str) -> None:
+        """Run attention on another of diffusers' backends from now on."""
+        self.attention_backend = name
+        for transformer in self._transformers.values():
+            self._set_attention_backend(transformer)
+
+    def _set_attention_backend(self, transformer: WanTransformer) -> None:
+        try:
+            transformer.set_attention_backend(self.attention_backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UsageError(f"--attention_backend {self.attention_backend}: {error}") from error
+
+    def stand_in(self, expert: int, transformer: WanTransformer) -> StandIn:
+        if self.is_tiny:
+            return tiny.tiny_stand_in(self.config, transformer, expert)
+        return load_stand_in(self.stand_in_path(expert), transformer, hint=self.hint(self.config))
+
+    def use_memory_mode(self, memory: str) -> None:
+        """Go on under another memory mode: transformers are loaded again under it."""
+        self._transformers.clear()
+        self._free()
+        self.memory = memory
+
+    def _free(self) -> None:
+        """Give back the memory of parts that were dropped; hooks tie them into cycles, which only gc finds."""
+        gc.collect()
+        free_cached(self.device)

@@ -1,0 +1,273 @@
+"""Reading pictures that people really have, and writing PNG files.
+
+    picture = read_image("photo.jpg")                    # (H, W, 3) uint8 RGB
+    picture = read_image("https://example.org/me.png")
+    write_png("face.png", picture)
+
+Phones rotate by EXIF tag, cut-outs carry alpha, scanners write 16 bits and print shops CMYK; a plain
+`Image.open(...).convert("RGB")` gets all of these wrong without a word. Here each becomes what a viewer would show.
+"""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError, ResourceError, UsageError
+
+logger = logging.getLogger("selfsame")
+
+MAX_PIXELS = 128_000_000  # phones reach 108 megapixels; a decompression bomb (60k x 60k) has 3,600
+URL_TIMEOUT = 10  # seconds, for each wait and (times six) for the whole download
+URL_MAX_BYTES = 64 * 2**20
+
+# What a file is when it is no picture, by its first bytes; said in the error so that the user need not guess.
+IMPOSTORS = (
+    (re.compile(rb"^(\xef\xbb\xbf)?\s*<"), "it is a web page or other markup, not a picture"),
+    (re.compile(rb"^version https://git-lfs"), "it is a git-lfs pointer: fetch the real file with `git lfs pull`"),
+    (re.compile(rb"^....ftyp(hei|hev|mif1|msf1)", re.DOTALL), "it is HEIC: save it as JPEG or PNG first"),
+    (re.compile(rb"^(....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI)", re.DOTALL), "it is a video: save one frame as PNG first"),
+)
+
+
+def read_image(source, argument="image"):
+    """A picture as a viewer would show it.
+
+    Args:
+        source: a path, an http(s) URL, or a `PIL.Image.Image`.
+        argument: the name of the argument `source` came from, for error messages.
+
+    Returns:
+        (H, W, 3) uint8 RGB: EXIF rotation applied, alpha composited on white, 16 bit and float scaled to 8 bit,
+        CMYK converted, of an animation the first frame (with a warning).
+
+    Raises:
+        InputError: no such file, unreachable URL, undecodable, or more than `MAX_PIXELS` pixels.
+    """
+    import PIL.Image
+
+    if isinstance(source, PIL.Image.Image):
+        return _decode(lambda: source, f"{argument}:")
+
+    name = f"{argument} {str(source)!r}:"
+    if re.match(r"https?://", str(source), re.IGNORECASE):
+        data = _download(str(source), name)
+    else:
+        path = Path(source)
+        try:
+            if path.exists() and not path.is_file():  # a folder, or a pipe that would never end
+                raise InputError(f"{name} is not a file; give one picture (JPEG, PNG, WebP, TIFF, ...)")
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise InputError(f"{name} no such file") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+    if not data:
+        raise InputError(f"{name} the file is empty (0 bytes)")
+    if data.startswith((b"#?RADIANCE", b"#?RGBE")):
+        return _decode_high_dynamic_range(data, name)
+    try:
+        return _decode(lambda: PIL.Image.open(io.BytesIO(data)), name)
+    except PIL.UnidentifiedImageError as error:
+        if data.startswith((b"II*\0", b"MM\0*")):  # Pillow has no float or 32-bit RGB TIFF; OpenCV has
+            return _decode_tiff(data, name)
+        reason = next(
+            (text for pattern, text in IMPOSTORS if pattern.match(data)), "damaged, or of no known picture format"
+        )
+        raise InputError(f"{name} cannot be decoded: {reason}") from error
+
+
+def write_png(path, picture, *, overwrite=False):
+    """Write (H, W, 3 or 4) uint8 to `path`: beside it first, then renamed, so that no half file is left.
+
+    Raises:
+        UsageError: `path` exists (without `overwrite`), is a folder, or cannot be written.
+        ResourceError: the disk is full.
+    """
+    import PIL.Image
+
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UsageError(f"output {str(path)!r} is a folder; give a file name ending in .png")
+    if os.path.exists(path) and not overwrite:
+        raise UsageError(f"output {str(path)!r} exists already; choose another name or pass --overwrite")
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(np.ascontiguousarray(picture)).save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"output {str(path)!r}: the disk is full") from error
+        raise UsageError(f"output {str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _download(url, name):
+    """The bytes behind a URL, within `URL_TIMEOUT` and `URL_MAX_BYTES`."""
+    import http.client
+    import time
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    url = urllib.parse.quote(url, safe=":/?&=#%+,;@!$'()*[]~")  # spaces and letters of any script
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (compatible; selfsame)"})
+    deadline = time.monotonic() + 6 * URL_TIMEOUT  # a server may drip one byte per wait for ever
+    chunks, size = [], 0
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+            while chunk := response.read(2**16):
+                size += len(chunk)
+                if size > URL_MAX_BYTES:
+                    raise InputError(f"{name} is larger than {URL_MAX_BYTES >> 20} MiB; save it and give the file")
+                if time.monotonic() > deadline:
+                    raise InputError(f"{name} took longer than {6 * URL_TIMEOUT} s; save it and give the file")
+                chunks.append(chunk)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"{name} the server answered {error.code} {error.reason}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"{name} cannot be fetched ({reason}); check the address, or give a file") from error
+    return b"".join(chunks)
+
+
+def _decode(open_image, name):
+    """Open with Pillow, refuse bombs before decoding, then decode and bring to 8-bit RGB."""
+    import PIL.Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about bombs, which our own cap stops, and odd metadata
+            image = open_image()
+        _check_size(*image.size, name)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's MPO holds previews, not frames
+            logger.warning("%s holds %d frames; the first is used", name, image.n_frames)
+            image.seek(0)
+        return _to_rgb(image, name)
+    except (InputError, PIL.UnidentifiedImageError):
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"{name} {error}; at most {MAX_PIXELS / 1e6:.0f} megapixels are accepted") from error
+    except Exception as error:  # on a damaged file a decoder raises anything: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"{name} cannot be decoded: {error}; the file is damaged or cut short") from error
+
+
+def _check_size(width, height, name):
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name} {width}x{height} is {width * height / 1e6:.0f} megapixels, "
+            f"at most {MAX_PIXELS / 1e6:.0f} are accepted; make it smaller"
+        )
+
+
+def _to_rgb(image, name):
+    """Any Pillow image -> (H, W, 3) uint8 RGB on white."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    image.load()
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "CMYK":
+        image = _cmyk_to_rgb(image)
+    elif image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray(_to_uint8(np.asarray(image).astype(np.uint16), name))
+    elif image.mode in ("I", "F"):  # 16-bit PGM comes as "I", a float TIFF as "F"
+        image = PIL.Image.fromarray(_to_uint8(np.asarray(image), name))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def _cmyk_to_rgb(image):
+    """By the file's own colour profile where it has one: the plain formula makes skin garish."""
+    import PIL.ImageCms
+
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return PIL.ImageCms.profileToProfile(image, source, PIL.ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except PIL.ImageCms.PyCMSError as error:
+            logger.warning("colour profile of the CMYK picture is unusable (%s); converted without it", error)
+    return image.convert("RGB")
+
+
+def _to_uint8(values, name):
+    """Integer or float samples of any range -> uint8, by the full scale of what they are (not of what they hold)."""
+    if values.dtype == np.uint8:
+        return values
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all():
+            raise InputError(f"{name} holds NaN or infinite pixels")
+        # Floats carry no scale. A 0..255 picture that stays below 16 would be black, so that much is overshoot of 0..1.
+        scale = next((s for s, limit in ((1, 16), (255, 255), (65535, 65535)) if values.max() <= limit), None)
+    else:
+        scale = 65535 if values.max(initial=0) <= 65535 else None
+    if scale is None:
+        raise InputError(f"{name} pixel values up to {values.max():g} have no known scale; save it with 8 or 16 bits")
+    if scale == 1 or values.dtype != np.uint16:
+        logger.info("%s %s pixels read as 0..%d", name, values.dtype, scale)
+    return np.rint(np.clip(values.astype(np.float32) / scale, 0, 1) * 255).astype(np.uint8)
+
+
+def _decode_tiff(data, name):
+    """TIFF with several float or 32-bit channels, through OpenCV (its own pixel cap stops bombs)."""
+    import cv2
+
+    width, height = _tiff_size(data, name)
+    _check_size(width, height, name)
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise InputError(f"{name} cannot be decoded: this kind of TIFF is not known; save it as PNG or JPEG")
+    values = _to_uint8(values, name)
+    if values.ndim == 2:
+        return np.stack([values] * 3, axis=-1)
+    blue, green, red = (values[..., c].astype(np.float32) for c in range(3))
+    rgb = np.stack([red, green, blue], axis=-1)
+    if values.shape[-1] == 4:
+        alpha = values[..., 3:].astype(np.float32) / 255
+        rgb = rgb * alpha + 255 * (1 - alpha)
+    return np.rint(rgb).astype(np.uint8)
+
+
+def _tiff_size(data, name):
+    """Width and height from the first directory of a TIFF file (tags 256 and 257), without decoding it."""
+    order = "little" if data[:2] == b"II" else "big"
+    start = int.from_bytes(data[4:8], order)
+    entries = int.from_bytes(data[start : start + 2], order)
+    size = {}
+    for i in range(entries):
+        entry = data[start + 2 + 12 * i : start + 14 + 12 * i]
+        length = 2 if int.from_bytes(entry[2:4], order) == 3 else 4  # type 3 is a 16-bit number
+        size[int.from_bytes(entry[:2], order)] = int.from_bytes(entry[8 : 8 + length], order)
+    if not (size.get(256) and size.get(257)):
+        raise InputError(f"{name} cannot be decoded: the TIFF header is damaged")
+    return size[256], size[257]
+
+
+def _decode_high_dynamic_range(data, name):
+    """Radiance .hdr: linear light, clipped at 1.0 and brought to sRGB."""
+    import cv2
+
+    size = re.search(rb"[-+]Y (\d+) [-+]X (\d+)\n", data[:4096])
+    if not size:
+        raise InputError(f"{name} cannot be decoded: the HDR header names no size")
+    _check_size(int(size[2]), int(size[1]), name)
+    linear = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if linear is None:
+        raise InputError(f"{name} cannot be decoded: the HDR data is damaged")
+    logger.warning("%s is HDR: light above 1.0 is clipped", name)
+    linear = np.clip(np.nan_to_num(linear[..., ::-1]), 0, 1)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(srgb * 255).astype(np.uint8)

@@ -1,0 +1,19 @@
+import os
+from pathlib import Path
+
+# Tiny tensors: threads cost more than they bring, and the scripts that tests start should count sums in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", default=str(GOLDENS), help="folder of golden cases (one folder a case)")
+
+
+def pytest_generate_tests(metafunc):
+    """One test a golden case, its id the folder's name."""
+    if "golden_folder" in metafunc.fixturenames:
+        root = Path(metafunc.config.getoption("--goldens"))
+        folders = sorted(p.parent for p in root.glob("*/case.json"))
+        metafunc.parametrize("golden_folder", folders, ids=[f.name for f in folders])

@@ -1,0 +1,212 @@
+"""Configs say what the models are; a slip in one is a clear error."""
+
+import pytest
+import yaml
+
+from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
+from errors import UsageError
+from models.wan.config import VARIANTS, WanConfig
+
+# Command line defaults of upstream: steps, shift, guidance (high, low for two experts), frames, fps, height, width.
+UPSTREAM = {
+    "wan2.1-t2v-14B": (50, 5.0, 5.0, 81, 16, 720, 1280, "unipc"),
+    "wan2.1-t2v-1.3B": (50, 5.0, 5.0, 81, 16, 480, 832, "unipc"),
+    "wan2.1-i2v-14B-480P": (40, 3.0, 5.0, 81, 16, 480, 832, "unipc"),
+    "wan2.1-i2v-14B-720P": (40, 5.0, 5.0, 81, 16, 720, 1280, "unipc"),
+    "wan2.1-flf2v-14B-720P": (50, 16.0, 5.0, 81, 16, 720, 1280, "unipc"),
+    "wan2.1-vace-14B": (50, 16.0, 5.0, 81, 16, 720, 1280, "unipc"),
+    "wan2.2-t2v-A14B": (40, 12.0, {"high": 4.0, "low": 3.0}, 81, 16, 720, 1280, "unipc"),
+    "wan2.2-i2v-A14B": (40, 5.0, 3.5, 81, 16, 720, 1280, "unipc"),
+    "wan2.2-ti2v-5B": (50, 5.0, 5.0, 121, 24, 704, 1280, "unipc"),
+    # The two below: upstream writes 25 fps, too fast; the rest is upstream's.
+    "stand-in-wan2.1": (20, 5.0, 5.0, 81, 16, 480, 832, "euler"),
+    "stand-in-wan2.2": (20, 5.0, 5.0, 81, 16, 480, 832, "euler"),
+}
+KEYS = ("num_inference_steps", "shift", "guidance_scale", "num_frames", "fps", "height", "width", "solver")
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_defaults_are_upstreams(name):
+    defaults = load_config(name)["defaults"]
+    assert tuple(defaults[key] for key in KEYS) == UPSTREAM[name]
+    assert defaults["negative_prompt"].endswith("倒着走")
+    assert defaults["num_frames"] % 4 == 1
+
+
+@pytest.mark.parametrize("name", known_configs())
+def test_every_config_loads_and_names_its_variant(name):
+    config = load_config(name)
+    assert config["name"] == name
+    assert config["description"]
+    if "variant" in config:
+        assert config["variant"] in VARIANTS
+    if "dest" in config:
+        assert file_patterns(config)
+        assert config["approx_gib"] > 0
+        assert ("repo" in config) != ("url" in config)
+    for needed in config.get("needs", ()):
+        load_config(needed)
+
+
+def test_negative_prompts_differ_by_their_prefix():
+    shared = load_config("wan2.1-t2v-14B")["defaults"]["negative_prompt"]
+    image = load_config("wan2.1-i2v-14B-480P")["defaults"]["negative_prompt"]
+    assert image == "镜头晃动，" + shared
+    assert load_config("wan2.1-i2v-14B-720P")["defaults"]["negative_prompt"] == image
+    assert load_config("wan2.1-flf2v-14B-720P")["defaults"]["negative_prompt"] == "镜头切换，" + image
+    assert load_config("wan2.2-i2v-A14B")["defaults"]["negative_prompt"] == shared
+
+
+def test_a_config_takes_the_network_but_not_the_download_from_its_base():
+    config = load_config("stand-in-wan2.2")
+    assert config["repo"] == "BowenXue/Stand-In"
+    assert config["dest"] == "Stand-In"
+    assert config["variant"] == "t2v-14B"
+    assert (config["experts"]["high"], config["boundary"]) == ("high_noise_model", 0.875)
+    assert config["base"]["repo"] == "Wan-AI/Wan2.2-T2V-A14B"
+    assert config["base"]["defaults"]["shift"] == 12.0  # the base keeps its own
+    assert list(config["files"]) == ["stand_in"]
+
+
+def test_two_experts_and_their_boundaries():
+    assert load_config("wan2.2-i2v-A14B")["boundary"] == 0.9
+    assert load_config("wan2.2-t2v-A14B")["boundary"] == 0.875
+    assert "boundary" not in load_config("wan2.1-t2v-14B")
+
+
+def test_part_paths(tmp_path):
+    config = load_config("wan2.1-i2v-14B-480P")
+    assert part_path(config, "vae", tmp_path) == tmp_path / "Wan2.1/i2v-480P/Wan2.1_VAE.pth"
+    assert part_path(config, "transformer", tmp_path) == tmp_path / "Wan2.1/i2v-480P"
+    assert part_path(config, "tokenizer", tmp_path) == tmp_path / "Wan2.1/i2v-480P/google/umt5-xxl"
+    experts = load_config("wan2.2-t2v-A14B")
+    assert part_path(experts, "transformer", tmp_path) == tmp_path / "Wan2.2/t2v"
+    assert part_path(load_config("face-parsing"), "face_parser", tmp_path).name == "parsing_bisenet.pth"
+
+
+def test_upstream_folders():
+    """Where Stand-In's and StableAvatar's own scripts look."""
+    assert load_config("wan2.1-t2v-14B")["dest"] == "Wan2.1/t2v"
+    assert load_config("wan2.2-t2v-A14B")["dest"] == "Wan2.2/t2v"
+    assert load_config("wan2.1-vace-14B")["dest"] == "Wan2.1/vace"
+    assert load_config("antelopev2")["dest"] == "antelopev2/models/antelopev2"
+    assert load_config("wan2.1-fun-1.3B-inp")["dest"] == "Wan2.1-Fun-V1.1-1.3B-InP"
+
+
+def test_download_command():
+    config = load_config("wan2.1-t2v-1.3B")
+    assert download_command(config) == "run: python download_models.py --only wan2.1-t2v-1.3B"
+    assert download_command(config, "/data/w").endswith("--only wan2.1-t2v-1.3B --dest /data/w")
+
+
+def test_sizes_follow_from_the_parameters():
+    """approx_gib = parameters x bytes, within 3 %."""
+    text, vae, clip = 5.681 * 2, 0.1269 * 4, 1.19 * 4
+    bytes_billion = {
+        "wan2.1-t2v-1.3B": 1.419 * 4 + text + vae,
+        "wan2.1-t2v-14B": 14.288 * 4 + text + vae,
+        "wan2.1-i2v-14B-480P": 16.395 * 4 + text + vae + clip,
+        "wan2.1-i2v-14B-720P": 16.395 * 4 + text + vae + clip,
+        "wan2.1-flf2v-14B-720P": 16.396 * 4 + text + vae + clip,
+        "wan2.1-fun-1.3B-inp": 1.564 * 2 + text + vae + clip,
+        "wan2.1-vace-14B": 17.338 * 4 + text + vae,
+        "wan2.1-vace-1.3B": 2.154 * 4 + text + vae,
+        "wan2.2-t2v-A14B": 2 * 14.288 * 4 + text + vae,
+        "wan2.2-i2v-A14B": 2 * 14.289 * 4 + text + vae,
+        "wan2.2-ti2v-5B": 5.000 * 4 + text + 0.7047 * 4,
+        "stand-in-wan2.1": 2 * 0.15728640 * 4,
+        "stand-in-wan2.2": 2 * 0.15728640 * 4,
+    }
+    for name, expected in bytes_billion.items():
+        assert load_config(name)["approx_gib"] == pytest.approx(expected * 1e9 / 2**30, rel=0.03), name
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+def error_of(name_or_path) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_config(name_or_path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unknown_name_lists_what_there_is():
+    message = error_of("wan3")
+    assert "wan3" in message
+    assert all(name in message for name in known_configs())
+    assert "_wan" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("shfit: 3", "unknown key shfit; known: base, "),
+        ("defaults: {steps: 3}", "defaults: unknown key steps; known: num_inference_steps, "),
+        ("defaults: {fps: sixteen}", "fps is 'sixteen', expected int"),
+        ("defaults: {num_frames: true}", "num_frames is True, expected int"),
+        ("base: nowhere", "config nowhere: no such config"),
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "expected keys and values, found list"),
+        ("", "expected keys and values, found NoneType"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert words in error_of(file)
+
+
+def test_a_base_cannot_be_its_own(tmp_path):
+    file = tmp_path / "loop.yaml"
+    file.write_text(f"base: {file}")
+    assert "its own base" in error_of(file)
+
+
+def test_own_config_rests_on_a_released_one(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: stand-in-wan2.1\ndefaults: {num_inference_steps: 4}\n", encoding="utf-8-sig")
+    config = load_config(file)
+    assert config["defaults"]["num_inference_steps"] == 4
+    assert config["defaults"]["solver"] == "euler"
+    assert config["base"]["base"]["name"] == "wan2.1-t2v-14B"
+
+
+# ----------------------------------------------------------------------------------------- tiny model
+
+
+def test_tiny_config_builds_its_models():
+    from diffusers import AutoencoderKLWan
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    from models.wan.transformer import WanTransformer
+
+    config = load_config("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER.parent / config["tokenizer"], local_files_only=True)
+    transformer = WanTransformer(**WanConfig(**config["transformer"]).as_dict())
+    vae = AutoencoderKLWan(**config["vae"])
+    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **config["text_encoder"]))
+    assert transformer.config.in_dim == vae.config.z_dim
+    assert text_encoder.config.d_model == transformer.config.text_dim
+    size = sum(p.numel() for model in (transformer, vae, text_encoder) for p in model.parameters())
+    assert size < 1_000_000
+
+
+@pytest.mark.parametrize("text", ["A woman smiles at the camera.", "一个女人对着镜头微笑 🙂", "Ένα κορίτσι", ""])
+def test_tiny_tokenizer_knows_every_language(text):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER.parent / "assets/tiny_tokenizer", local_files_only=True)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer) <= 1000) == (0, 1, True)
+    row = tokenizer(text, padding="max_length", max_length=96, truncation=True, return_tensors="pt")
+    length = int(row.attention_mask.sum())
+    assert row.input_ids[0, length - 1] == 1
+    assert (row.input_ids[0, length:] == 0).all()
+    assert tokenizer.unk_token_id not in row.input_ids
+    assert tokenizer.decode(row.input_ids[0], skip_special_tokens=True) == text
+
+
+def test_yaml_files_are_plain_data():
+    for file in FOLDER.glob("*.yaml"):
+        assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)

@@ -1,0 +1,98 @@
+"""Every golden case, by its kind: what the original code computed is what ours computes.
+
+pytest tests/test_goldens.py                          the copies under tests/goldens/
+pytest tests/test_goldens.py --goldens DIR -k wan-    any other folder of cases
+"""
+
+import pytest
+
+from tests.golden_checks import (
+    GoldenCase,
+    control,
+    dit,
+    encoders,
+    face,
+    face_swap,
+    lora,
+    pipelines,
+    read_kind,
+    schedulers,
+    stand_in,
+    vace,
+    vae,
+)
+
+CHECKS = {
+    kind: check
+    for module in (control, dit, encoders, face, face_swap, lora, pipelines, schedulers, stand_in, vace, vae)
+    for kind, check in module.CHECKS.items()
+}
+
+# Kinds whose feature is not in the toolkit yet. They are reported as skipped by name, never as passed.
+NOT_BUILT_YET = {
+    "training": ("standin_train_step",),
+    "InstantID and ConsisID": (
+        "cid_eva_clip_vision",
+        "cid_face_preprocess",
+        "cid_local_facial_extractor",
+        "cid_perceiver_cross_attention",
+        "cid_pipeline",
+        "cid_pipeline_v15",
+        "cid_transformer",
+        "cid_transformer_v15",
+        "draw_kps",
+        "face_retinaface",
+        "iid_ip_attention",
+        "iid_pipeline",
+        "iid_prompt_weighting",
+        "iid_resampler",
+        "iid_resize_img",
+    ),
+    "talking avatar": (
+        "stableavatar_audio_features",
+        "stableavatar_audio_split",
+        "stableavatar_color_match",
+        "stableavatar_dataset_sample",
+        "stableavatar_dit_forward",
+        "stableavatar_fuse",
+        "stableavatar_lip_mask",
+        "stableavatar_lora",
+        "stableavatar_pipeline",
+        "stableavatar_schedule",
+        "stableavatar_train_step",
+        "stableavatar_vocal_projector",
+        "stableavatar_windows",
+    ),
+    "long video": (
+        "svi_chain_v2",
+        "svi_clip_assembly_dance",
+        "svi_clip_assembly_talk",
+        "svi_clip_assembly_v1",
+        "svi_clip_assembly_v2",
+        "svi_dance_condition",
+        "svi_dimensions",
+        "svi_erft_training_step",
+        "svi_error_bank",
+        "svi_lora_v1",
+        "svi_lora_v2",
+        "svi_prompt_stream",
+        "svi_sampling_v1",
+        "svi_scheduler_and_buckets",
+        "svi_talk_audio_window",
+        "svi_talk_forward_and_cfg",
+        "svi_y_v1",
+        "svi_y_v2",
+        "svi_y_v2_pro",
+    ),
+}
+
+
+def test_golden(golden_folder):
+    kind = read_kind(golden_folder)
+    for feature, kinds in NOT_BUILT_YET.items():
+        if kind in kinds:
+            pytest.skip(f"kind not built yet: {kind} ({feature})")
+    assert kind in CHECKS, f"{golden_folder.name}: unknown kind {kind!r}"
+    case = GoldenCase.open(golden_folder)
+    CHECKS[kind](case)
+    case.assert_all_checked()

@@ -1,0 +1,42 @@
+"""Tiny random parts that tests share."""
+
+import torch
+
+from configs import load_config
+from models.identity.stand_in import StandIn
+from models.vace import VaceBranch
+from models.wan.transformer import Prompt, WanTransformer
+from pipelines.tiny import tiny_stand_in, tiny_transformer, tiny_vace
+
+CONFIG = load_config("tiny")
+DIM, LAYERS = CONFIG["transformer"]["dim"], CONFIG["transformer"]["num_layers"]
+GRID = (4, 6)  # rows and columns of LATENTS in tokens
+
+
+def transformer(**changes) -> WanTransformer:
+    return tiny_transformer(CONFIG | {"transformer": CONFIG["transformer"] | changes})
+
+
+def stand_in(model: WanTransformer) -> StandIn:
+    return tiny_stand_in(CONFIG, model)
+
+
+def vace_branch() -> VaceBranch:
+    return tiny_vace(CONFIG)
+
+
+def latents(seed: int = 1, batch: int = 1, frames: int = 3, channels: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, frames, 2 * GRID[0], 2 * GRID[1], generator=generator)
+
+
+def photo(seed: int = 7) -> torch.Tensor:
+    return torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(seed: int = 3, length: int = 11, **options) -> Prompt:
+    states = torch.randn(length, CONFIG["transformer"]["text_dim"], generator=torch.Generator().manual_seed(seed))
+    return Prompt([states], **options)
+
+
+TIMESTEP = torch.tensor([600.0])

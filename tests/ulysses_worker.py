@@ -1,0 +1,39 @@
+"""Run by torchrun in test_distributed.py: one forward pass split over the processes; rank 0 saves what came out."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from pipelines.distributed import split_sequence
+from tests import tiny
+from tests.tiny import GRID, TIMESTEP
+
+
+def main(output: str) -> None:
+    dist.init_process_group("gloo")
+    rank, count = dist.get_rank(), dist.get_world_size()
+    model = tiny.transformer()
+    split_sequence(model, ulysses_degree=count, ring_degree=1, device=torch.device("cpu"))
+    identity = tiny.stand_in(model).encode(model, [tiny.photo()], GRID).shard(rank, count)
+    branch = tiny.vace_branch()
+    split_sequence(branch, ulysses_degree=count, ring_degree=1, device=torch.device("cpu"))
+    control = branch.plugin(tiny.latents(seed=5, channels=96))
+    per_token = torch.full((1, 3 * GRID[0] * GRID[1]), 600.0)
+    per_token[:, : GRID[0] * GRID[1]] = 0
+    with torch.no_grad():
+        out = {
+            "plain": model(tiny.latents(), TIMESTEP, tiny.prompt()),
+            "identity": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[identity]),
+            "vace": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[identity, control]),
+            "per_token": model(tiny.latents(), per_token, tiny.prompt()),
+        }
+    if rank == 0:
+        save_file(out, output)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
