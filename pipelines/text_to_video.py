@@ -103,7 +103,7 @@ class VideoMaker:
         """Denoise, decode into the file, and remove the saved progress. Another run of the same job waits outside."""
         started = time.monotonic()
         metadata = self.metadata(job)
-        state = JobState(job.output, metadata)
+        state = self.open_state(job, metadata)
         writes = self.wan.processes.writes
         writer = VideoWriter(
             job.output,
@@ -121,10 +121,14 @@ class VideoMaker:
                 writer.describe(metadata | {"ran_with": ran_with})
                 self.decode(latents, writer)
         self.wan.processes.wait()
+        state.remove()
         if writes:
-            state.remove()
             logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
+
+    def open_state(self, job: Job, metadata: dict) -> JobState:
+        """Where the progress of a video is kept."""
+        return JobState(job.output, metadata)
 
     def denoise(self, job: Job, state: JobState) -> Tensor:
         """Noise to clean latents, from where an interrupted run stopped; with less memory after running out of it."""
@@ -169,7 +173,7 @@ class VideoMaker:
             self._identities.clear()
         elif is_out_of_memory(error):
             mode = next_mode(wan.memory)
-            if mode is None or wan.processes.context_parallel:
+            if mode is None or wan.processes.together:
                 raise ResourceError(
                     f"out of memory while denoising with --memory {wan.memory}; try fewer frames or a smaller size"
                 ) from error
