@@ -22,7 +22,7 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Guidance
 UNCONDITIONAL, NO_AUDIO, NO_PAIR = "unconditional", "no_audio", "no_pair"
 
 
-def text_and_audio(text_scale: float, audio_scale: float) -> Guidance:
+def three_branch(text_scale: float, audio_scale: float) -> Guidance:
     """The released three branches: unconditional + s_audio·(negative - unconditional) + s_text·(positive - negative).
 
     Equal scales need two branches, both 1 one.
