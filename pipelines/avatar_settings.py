@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy
 
 from errors import InputError, UsageError
-from pipelines.avatar_windows import plan_windows
 from pipelines.lora import LoraSettings, resolve_lora_settings
 from pipelines.settings import PROJECT
 from preprocess.audio import AudioTimeline, read_audio
@@ -73,7 +72,7 @@ class AvatarSettings(LoraSettings):
 
     @property
     def overlap(self) -> int:
-        return self.overlap_window_length or min(10, max(self.window // 2, 1))
+        return min(10, self.window // 2) if self.overlap_window_length is None else self.overlap_window_length
 
 
 def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray]:
@@ -146,7 +145,11 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         raise UsageError("--audio_native_guidance: two weights, of the audio and of the latent-audio pair; 2 2 to try")
     if settings.audio_native_guidance is not None and args.sample_audio_guide_scale is not None:
         raise UsageError("--sample_audio_guide_scale: --audio_native_guidance takes its place; give one")
-    plan_windows(settings.window, settings.window, settings.overlap)  # checks the overlap
+    if settings.window > 1 and not 1 <= settings.overlap < settings.window:
+        raise UsageError(
+            f"--overlap_window_length {settings.overlap}: accepted are 1 to {settings.window - 1}, less than the "
+            f"{settings.window} latent frames of a window (--clip_sample_n_frames {settings.num_frames})"
+        )
     if settings.step_cache != "teacache":
         for name in ("num_skip_start_steps", "teacache_offload"):
             if getattr(args, name) is not None:

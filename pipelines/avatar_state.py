@@ -91,6 +91,7 @@ class AvatarState:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ResourceError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        self.latents = self._target = None
         is_first = self.processes.rank == 0
         next_step = self.processes.share(self._reopen() if resumable and is_first else 0)
         latents = self.latents if self.latents is not None else self.begin(next_step - 1)
@@ -136,6 +137,13 @@ class AvatarState:
 
     def save_window(self, step: int, number: int, sample: Tensor) -> None:
         self.window(number).save(Step(step, sample, sample, {}))
+
+    def finished_windows(self, step: int, count: int) -> list[int]:
+        """The windows of this step that an earlier run has done, as far as this process can see."""
+        finished = [number for number in range(count) if self.load_window(step, number) is not None]
+        if not finished and self.processes.rank == 0:
+            self.remove_windows()  # of the step before
+        return finished
 
     def load_window(self, step: int, number: int) -> Tensor | None:
         """What an earlier run, or this one, made of a window in this step."""

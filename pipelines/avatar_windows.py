@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UsageError
-
-WEIGHT_SCHEMES = ("uniform", "log")
-LAST_WINDOWS = ("full", "legacy")
+from preprocess.audio import AudioTimeline
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,9 @@ class AvatarWindow:
         return self.stop - self.start
 
 
-def count_frames(num_samples: int, sample_rate: int, fps: float) -> int:
-    """Frames of the video of a sound: the last one covers what is left of the sound, so that none of it is lost."""
-    return max(1, math.ceil(num_samples * _exact(fps) / sample_rate))
-
-
-def latent_length(num_frames: int, window: int) -> int:
-    """Latent frames to denoise for so many frames, one window at least; what is beyond the last frame is not shown."""
-    return max(math.ceil((num_frames - 1) / 4) + 1, window)
+def latent_length(num_latents: int, window: int) -> int:
+    """Latent frames to denoise: one window at least. What a short sound does not need of it is not shown."""
+    return max(num_latents, window)
 
 
 def plan_windows(num_latents: int, window: int, overlap: int, last_window: str = "full") -> list[AvatarWindow]:
@@ -52,16 +44,9 @@ def plan_windows(num_latents: int, window: int, overlap: int, last_window: str =
         last_window: "full" moves the last window back until it has its whole length, so that its overlap grows.
             "legacy" ends it where the video ends, as upstream: the network then stretches a whole window's sound over
             what is left, and mouths move too slowly.
-
-    Raises:
-        UsageError: an overlap that leaves nothing to advance by.
     """
-    if not 1 <= overlap < window:
-        raise UsageError(
-            f"--overlap_window_length {overlap}: accepted are 1 to {window - 1} latent frames, less than the {window} "
-            f"of a window of {4 * window - 3} frames (--clip_sample_n_frames)"
-        )
     assert num_latents >= window, "a video shorter than a window is made as one window and cut"
+    assert 1 <= overlap < window or num_latents == window
     windows = [AvatarWindow(0, window, 0)]
     while (end := windows[-1].stop) < num_latents:
         start = end - overlap
@@ -70,6 +55,21 @@ def plan_windows(num_latents: int, window: int, overlap: int, last_window: str =
             start = stop - window
         windows.append(AvatarWindow(start, stop, end - start))
     return windows
+
+
+def sound_of(window: AvatarWindow, timeline: AudioTimeline, num_latents: int, last_window: str, alignment: str):
+    """(first, end) of the samples that a window hears; where they lie beyond the sound there is silence.
+
+    Args:
+        last_window: "legacy" gives the last window all that is left, be it more or less.
+        alignment: "released" gives each window the sound of 4 frames a latent frame, "exact" that of the frames it
+            shows by itself, three less. The network spreads either over the window, so that the released sound runs
+            ahead by up to three frames.
+    """
+    first, end = timeline.window_samples(window.start, window.stop, exact=alignment == "exact")
+    if last_window == "legacy" and window.stop == num_latents:
+        end = timeline.num_samples
+    return first, end
 
 
 def blend_weights(scheme: str, length: int) -> Tensor:

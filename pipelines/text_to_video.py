@@ -201,7 +201,7 @@ class VideoMaker:
             "tiling": Tiling() if self.settings.tiled else None,
             "cache_device": "cpu" if self.wan.memory == "sequential" else None,
         }
-        return vae.decode_stream(latents.to(self.wan.device), **options)
+        return vae.decode_stream(latents, **options)
 
     def preview(self, job: Job, step: Step) -> None:
         """The model's present guess of the middle frame, decoded alone, as NAME.preview.png."""
@@ -315,8 +315,8 @@ class VideoMaker:
 class ProgressBar:
     """One bar for the run: step, seconds, time left."""
 
-    def __init__(self, steps: int, label: str, shown: bool):
-        self.steps, self.label, self.shown = steps, label, shown
+    def __init__(self, steps: int, label: str, shown: bool, unit: str = "step"):
+        self.steps, self.label, self.shown, self.unit = steps, label, shown, unit
         self.done = 0
         self._bar: tqdm | None = None
 
@@ -328,15 +328,18 @@ class ProgressBar:
             total=self.steps,
             initial=self.done,
             desc=self.label,
-            unit="step",
+            unit=self.unit,
             disable=not self.shown,
             dynamic_ncols=True,
         )
         return self
 
-    def advance(self) -> None:
-        self.done += 1
-        self._bar.update()
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        self._bar.update(count)
+
+    def advance_to(self, done: int) -> None:
+        self.advance(done - self.done)
 
     def __exit__(self, *exception) -> None:
         self._bar.close()

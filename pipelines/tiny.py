@@ -19,6 +19,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from models.audio_adapter import AudioAdapter
 from models.audio_encoder import AudioEncoder
 from models.identity.stand_in import StandIn
 from models.vace import VaceBranch
@@ -104,6 +105,12 @@ def tiny_vace(config: dict) -> VaceBranch:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "eps", "patch_size")}
     return fill_from_seed(VaceBranch(**same, **config["vace"]), config["seed"] + 30)
+
+
+def tiny_audio_adapter(config: dict) -> AudioAdapter:
+    shape = WanConfig(**config["transformer"])
+    same = {name: getattr(shape, name) for name in ("dim", "num_layers", "eps")}
+    return fill_from_seed(AudioAdapter(**same, audio_dim=config["audio_encoder"]["hidden_size"]), config["seed"] + 40)
 
 
 def demonstration_control(num_frames: int, height: int, width: int) -> numpy.ndarray:
