@@ -8,6 +8,8 @@ import torch
 from skimage.color import lab2rgb, rgb2lab
 from torch import Tensor
 
+FLAT = 1e-4  # spread of a channel (0 to 100) that is rounding
+
 
 def match_colors(frames: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor:
     """Give each frame the reference's mean and spread in the channels of CIE Lab.
@@ -24,7 +26,8 @@ def match_colors(frames: Tensor, reference: Tensor, strength: float = 1.0) -> Te
     for frame in frames[0].unbind(1):  # (3, H, W)
         lab = to_lab(frame)
         mean, spread = lab.mean((0, 1)), lab.std((0, 1))
-        gain = numpy.where(spread == 0, 1, wanted.std((0, 1)) / numpy.where(spread == 0, 1, spread))  # flat: moved only
+        flat = spread < FLAT
+        gain = numpy.where(flat, 1, wanted.std((0, 1)) / numpy.where(flat, 1, spread))  # a flat channel is only moved
         rgb = lab2rgb((lab - mean) * gain + wanted.mean((0, 1))).clip(0, 1)
         matched.append(torch.from_numpy(rgb).permute(2, 0, 1) * 2 - 1)
     matched = torch.stack(matched, dim=1)[None].to(frames)

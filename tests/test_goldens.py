@@ -9,6 +9,7 @@ import pytest
 from tests.golden_checks import (
     GoldenCase,
     audio_adapter,
+    audio_avatar,
     control,
     dit,
     encoders,
@@ -27,6 +28,7 @@ CHECKS = {
     kind: check
     for module in (
         audio_adapter,
+        audio_avatar,
         control,
         dit,
         encoders,
@@ -64,14 +66,9 @@ NOT_BUILT_YET = {
     ),
     "talking avatar": (
         "stableavatar_audio_features",
-        "stableavatar_color_match",
         "stableavatar_dataset_sample",
-        "stableavatar_fuse",
         "stableavatar_lip_mask",
-        "stableavatar_pipeline",
-        "stableavatar_schedule",
         "stableavatar_train_step",
-        "stableavatar_windows",
     ),
     "long video": (
         "svi_chain_v2",
