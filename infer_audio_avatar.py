@@ -12,7 +12,7 @@
 
 The video is as long as the sound, which is put into it. Prompts work best as "[first frame]-[behaviour]-[background]".
 
-Weights: python download_models.py --only stableavatar-1.3B. A run that was stopped goes on when the command is repeated.
+Weights: python download_models.py --only stableavatar-1.3B. A stopped run goes on when the command is repeated.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     avatar = parser.add_argument_group("talking avatar (second names are upstream's)")
     avatar.add_argument("--reference_image", "--validation_reference_path", metavar="PHOTO", help="path or URL")
     avatar.add_argument("--audio", "--validation_driven_audio_path", metavar="FILE", help="audio file, or a video's")
-    avatar.add_argument("--sample_text_guide_scale", type=float, metavar="S", help="how closely it follows the prompt (5)")
-    avatar.add_argument("--sample_audio_guide_scale", type=float, metavar="S", help="… and the mouth the sound (4)")
+    avatar.add_argument("--sample_text_guide_scale", type=float, metavar="S", help="how close to the prompt (5)")
+    avatar.add_argument("--sample_audio_guide_scale", type=float, metavar="S", help="… and to the sound (4)")
     avatar.add_argument(
         "--audio_native_guidance",
         type=float,

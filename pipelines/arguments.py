@@ -53,7 +53,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True)
         face.add_argument("--identity_start", type=float, help="share of the steps before the identity sets in (0)")
         face.add_argument("--identity_end", type=float, help="share of the steps after which it ends (1)")
         face.add_argument("--face_index", type=int, help="which face, from the left (default: the largest)")
-        face.add_argument("--allow_no_face", action="store_true", default=None, help="use the whole photo if none found")
+        face.add_argument("--allow_no_face", action="store_true", default=None, help="use the whole photo without one")
         face.add_argument("--no_face_crop", action="store_true", default=None, help="whole photo; non-human subjects")
 
     weights = parser.add_argument_group("weights")

@@ -40,6 +40,8 @@ from preprocess.image import read_image
 
 logger = logging.getLogger("selfsame")
 
+AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
+
 
 class AvatarWan(Wan):
     """A Wan image-to-video model with an audio adapter, which is loaded, moved and freed with its transformer."""
@@ -58,7 +60,7 @@ class AvatarWan(Wan):
 
     @property
     def audio_encoder_path(self) -> Path:
-        return Path(self.settings.pretrained_wav2vec_path or part_path(load_config("wav2vec2-base-960h"), "audio_encoder"))
+        return Path(self.settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
 
     def check_files(self) -> None:
         if self.is_tiny:
@@ -104,7 +106,7 @@ class AvatarWan(Wan):
     def _load_audio_encoder(self) -> AudioEncoder:
         if self.is_tiny:
             return tiny.tiny_audio_encoder(self.config)
-        return load_audio_encoder(self.audio_encoder_path, hint=self.hint(load_config("wav2vec2-base-960h")))
+        return load_audio_encoder(self.audio_encoder_path, hint=self.hint(load_config(AUDIO_ENCODER)))
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         if self.is_tiny:

@@ -77,9 +77,7 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start_processes(
-    device: str, ulysses_degree: int = 1, ring_degree: int = 1, by_windows: bool = False
-) -> Processes:
+def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1, by_windows: bool = False) -> Processes:
     """Join the launcher's process group, if there is one.
 
     Args:

@@ -34,9 +34,11 @@ class GoldenCase:
     @classmethod
     def open(cls, folder: Path) -> "GoldenCase":
         case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-        files = {name: folder / f"{name}.safetensors" for name in ("inputs", "outputs")}
-        inputs = load_file(files["inputs"]) if files["inputs"].is_file() else {}  # a plan needs none
-        return cls(folder, case["kind"], case["config"], case["rtol"], case["atol"], inputs, load_file(files["outputs"]))
+        inputs, outputs = (
+            load_file(file) if (file := folder / f"{name}.safetensors").is_file() else {}  # a plan has no inputs
+            for name in ("inputs", "outputs")
+        )
+        return cls(folder, case["kind"], case["config"], case["rtol"], case["atol"], inputs, outputs)
 
     def weights(self, file: str = "weights.safetensors") -> dict[str, torch.Tensor]:
         """A weights file of this case; `file` may point to a sibling folder, as `config.vae.weights` does."""
