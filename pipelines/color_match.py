@@ -3,6 +3,8 @@
 Source: Reinhard et al. 2001, Color Transfer between Images; StableAvatar `wan/utils/color_correction.py`.
 """
 
+import warnings
+
 import numpy
 import torch
 from skimage.color import lab2rgb, rgb2lab
@@ -28,7 +30,8 @@ def match_colors(frames: Tensor, reference: Tensor, strength: float = 1.0) -> Te
         mean, spread = lab.mean((0, 1)), lab.std((0, 1))
         flat = spread < FLAT
         gain = numpy.where(flat, 1, wanted.std((0, 1)) / numpy.where(flat, 1, spread))  # a flat channel is only moved
-        rgb = lab2rgb((lab - mean) * gain + wanted.mean((0, 1))).clip(0, 1)
+        with warnings.catch_warnings(action="ignore"):  # that some colours are outside RGB: they are clipped
+            rgb = lab2rgb((lab - mean) * gain + wanted.mean((0, 1))).clip(0, 1)
         matched.append(torch.from_numpy(rgb).permute(2, 0, 1) * 2 - 1)
     matched = torch.stack(matched, dim=1)[None].to(frames)
     return (1 - strength) * frames.clamp(-1, 1) + strength * matched
