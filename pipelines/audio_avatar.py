@@ -30,7 +30,7 @@ from pipelines.avatar_windows import fuse, latent_length, plan_windows, sound_of
 from pipelines.color_match import match_colors
 from pipelines.conditions import cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
-from pipelines.distributed import Processes
+from pipelines.distributed import Processes, shard_weights
 from pipelines.jobs import Job
 from pipelines.memory import stage
 from pipelines.text_to_video import ProgressBar, VideoMaker
@@ -116,12 +116,17 @@ class AvatarWan(Wan):
             transformer, self._adapter = load_audio_avatar(
                 self.transformer_path(expert),
                 dtype=self.dtype,
-                device=device,
+                device=None if self.settings.fsdp_dit else device,  # no device has to hold it whole
                 expect=self.transformer_config,
                 hint=self.hint(self.config),
             )
         self._place(self._adapter)
         return transformer
+
+    def _place(self, model: WanTransformer | AudioAdapter) -> None:
+        if self.settings.fsdp_dit and isinstance(model, WanTransformer):
+            shard_weights(model, self.device)
+        super()._place(model)
 
     def release_transformers(self, keep: int | None = None) -> None:
         if self.memory == "model" and keep is None and self._adapter is not None:
@@ -210,14 +215,20 @@ class AvatarMaker(VideoMaker):
                 logger.info("%s: going on after step %d of %d", job.output, first, steps)
             try:
                 with progress:
-                    velocity = self.velocity(job) if first < steps else None
-                    for step in range(first, steps):
-                        self.step(job, state, step, velocity, progress)
-                    return state.latents
+                    self.run_steps(job, state, first, progress)
+                return state.latents
             except RuntimeError as error:
                 if self.wan.processes.by_windows and isinstance(error, NonFiniteLatentsError):
                     raise UserError(f"{error}; try --attention_backend native or --dtype fp32") from error
                 self.mend(error)
+
+    def run_steps(self, job: Job, state: AvatarState, first: int, progress: ProgressBar) -> None:
+        """A function of its own, so that a step that fails leaves nothing that holds the model."""
+        if first == self.schedule.num_steps:
+            return
+        velocity = self.velocity(job)
+        for step in range(first, self.schedule.num_steps):
+            self.step(job, state, step, velocity, progress)
 
     @torch.no_grad()
     def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: ProgressBar) -> None:

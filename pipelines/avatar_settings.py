@@ -95,6 +95,8 @@ def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray
     settings, config = resolve_lora_settings(args, AvatarSettings, required=False)
     settings = with_demonstration(settings, config)
     check_avatar(settings, args)
+    if settings.fsdp_dit:
+        settings = dataclasses.replace(settings, memory="resident")
     samples = read_audio(settings.audio)
     AudioTimeline(len(samples), settings.fps)  # less than a frame is refused
     return settings, config, samples
@@ -156,6 +158,8 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
                 raise UsageError(f"--{name}: only with --step_cache teacache")
     if settings.fsdp_dit and settings.ulysses_degree * settings.ring_degree == 1:
         raise UsageError("--fsdp_dit shards the weights over the processes of --ulysses_degree or --ring_degree")
+    if settings.fsdp_dit and (settings.memory not in ("model", "resident") or settings.fp8 or settings.compile):
+        raise UsageError("--fsdp_dit keeps the weights on the devices as they are: no --memory, --fp8 or --compile")
     photo = settings.reference_image
     if "://" not in photo and not Path(photo).is_file():
         raise InputError(f"--reference_image {photo}: no such file; give a picture's path or URL")

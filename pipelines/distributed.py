@@ -19,6 +19,7 @@ from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from errors import UsageError
 from models.wan.transformer import WanTransformer
@@ -132,6 +133,13 @@ def split_sequence(transformer: WanTransformer, ulysses_degree: int, ring_degree
             )
         kernel._parallel_config = parallel
     transformer._parallel_config = parallel
+
+
+def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
+    """Keep a part of each block's weights in every process; a block is put together for as long as it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    for block in transformer.blocks:
+        fully_shard(block, mesh=mesh)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,6 +1,6 @@
 """Run by torchrun in test_audio_avatar.py: talking avatars by several processes; rank 0 keeps the latents.
 
-    torchrun … avatar_worker.py OUT.mp4 FLAG … -- OUT.mp4 FLAG … -- …        several runs in one start
+torchrun … avatar_worker.py OUT.mp4 FLAG … -- OUT.mp4 FLAG … -- …        several runs in one start
 """
 
 import itertools

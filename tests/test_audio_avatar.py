@@ -330,9 +330,7 @@ def test_latents_on_disk_are_read_back(tmp_path):
 
 def test_no_room_for_the_latents_is_exit_5(tmp_path, monkeypatch):
     state = AvatarState(tmp_path / "out.mp4", {}, (2, 16, 2, 2), Processes(0, 1, torch.device("cpu"), False))
-    monkeypatch.setattr(
-        "builtins.open", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left") as error:
         state.open(iter(()), resumable=False)
     assert error.value.exit_code == 5
@@ -407,6 +405,7 @@ def test_silence_is_allowed_and_said(tmp_path, caplog):
         (["--num_skip_start_steps", "3"], 2, ["--num_skip_start_steps", "teacache"]),
         (["--audio_native_guidance", "2", "2", "--sample_audio_guide_scale", "4"], 2, ["--audio_native_guidance"]),
         (["--fsdp_dit"], 2, ["--fsdp_dit", "--ulysses_degree"]),
+        (["--fsdp_dit", "--ulysses_degree", "2", "--fp8"], 2, ["--fsdp_dit", "--fp8"]),
         (["--ulysses_degree", "2"], 2, ["torchrun --nproc_per_node 2"]),
         (["--config", "tiny"], 2, ["family t2v", "accepted here are i2v, fun"]),
         (["--config", "stableavatar-1.3B"], 2, ["--reference_image"]),
@@ -439,13 +438,14 @@ def test_two_processes_give_what_one_gives(tmp_path, speech):
         "windows": [],
         "legacy": ["--last_window", "legacy", "--sample_audio_guide_scale", "3"],
         "ulysses": ["--ulysses_degree", "2"],
+        "shards": ["--ulysses_degree", "2", "--fsdp_dit"],
     }
     command = []
     for name, extra in runs.items():
         command += ["--", str(tmp_path / f"{name}.mp4"), *flags, *extra]
     torchrun("tests/avatar_worker.py", *command)
     for name, extra in runs.items():
-        alone = [flag for flag in extra if flag not in ("--ulysses_degree", "2")]
+        alone = [flag for flag in extra if flag not in ("--ulysses_degree", "2", "--fsdp_dit")]
         with keeping_latents() as kept:
             run(tmp_path / f"{name}-alone.mp4", *flags, *alone)
         shared = load_file(tmp_path / f"{name}.safetensors")["latents"]
