@@ -173,6 +173,17 @@ def test_bfloat16_stays_close_to_float32(layout):
     assert 0 < (ours - exact).norm() / exact.norm() < 0.02
 
 
+def test_float8_storage_keeps_what_is_small_or_sensitive():
+    model = tiny.avatar_transformer()
+    exact = avatar_forward(model, [tiny.audio_adapter(model).plugin(FEATURES, NUM_FRAMES)])
+    adapter = tiny.audio_adapter(model)
+    adapter.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    wide = {name for name, parameter in adapter.named_parameters() if parameter.dtype == torch.float32}
+    assert wide == {n for n in wide if "norm" in n or "modulation" in n or "proj_model" in n or "final_head" in n}
+    ours = avatar_forward(model, [adapter.plugin(FEATURES, NUM_FRAMES)])
+    assert 0 < (ours - exact).norm() / exact.norm() < 0.06
+
+
 def test_compiled_blocks_share_their_graphs():
     """The audio term is a break in the graph, and the pieces around it are one for all blocks and steps."""
     model = tiny.avatar_transformer(num_layers=12)
@@ -298,6 +309,22 @@ def test_branches_without_audio_and_without_the_pair_differ(model, adapter):
     assert (silence - nothing).abs().max() > 1e-3
     expected = full + 2.0 * (full - silence) + 1.0 * (full - nothing)
     torch.testing.assert_close(velocity(model, adapter, audio_native(2.0, 1.0)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_window_may_be_padded_with_tokens_that_are_seen(model, adapter):
+    """Upstream's last window: two latent frames under the sound of three, the third frame's tokens being zeros."""
+    latents, condition = tiny.latents()[:, :, :2], CONDITION[:, :, :2]
+    options = {"attended_length": 3 * FRAME_TOKENS}
+    ours = expert(model, adapter, audio_native(0, 0), **options).velocity(latents, TIMESTEP, 0, 1, condition)
+    assert ours.shape == latents.shape
+
+    def run(**padding):
+        plugin = adapter.plugin(FEATURES, NUM_FRAMES)
+        length = {"seq_len": 3 * FRAME_TOKENS}
+        return model(latents, TIMESTEP, text(3), condition=condition, plugins=[plugin], **length, **padding)
+
+    assert torch.equal(ours, run(attend_padding=True))
+    assert (ours - run()).abs().max() > 1e-3
 
 
 def test_step_caches_of_the_branches(model, adapter):
