@@ -101,7 +101,7 @@ def write_wav(path, samples, sample_rate):
     Raises:
         ResourceError: the disk is full.
     """
-    samples = np.asarray(samples).reshape(len(samples), -1)
+    samples = np.atleast_2d(np.asarray(samples).T).T  # (N, channels)
     levels = np.rint(samples.clip(-1, 1) * 32767).astype("<i2")
     with whole_file(path) as part, wave.open(str(part), "wb") as file:
         file.setnchannels(samples.shape[1])
