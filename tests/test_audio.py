@@ -1,6 +1,9 @@
 """Sound files, time and loudness, against what ffmpeg was told to write and what the standards say."""
 
 import itertools
+import os
+import subprocess
+import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -303,3 +306,26 @@ def test_normalized_speech_has_the_loudness_asked_for():
 def test_silence_has_no_loudness_and_stays():
     silence = np.zeros(16000, np.float32)
     assert normalize_loudness(silence, 16000) is silence
+
+
+# ------------------------------------------------------------------------------------------ as a user runs it
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("extract", "text.mp4", "--output", "a.wav"), 3, "ffmpeg can read"),
+        (("extract", "text.mp4", "--output", "a.mp3"), 2, "must end in .wav"),
+        (("separate", "text.mp4", "--output", "a.wav"), 4, "download_models.py --only kim-vocal-2"),
+        (("separate", "text.mp4"), 2, "--output"),
+        (("extract", str(SPEECH), "--output", "a.wav"), 0, "a.wav written"),
+    ],
+)
+def test_exit_codes(tmp_path, arguments, code, words):
+    (tmp_path / "text.mp4").write_text("words " * 100)
+    command = [sys.executable, "-m", "preprocess.audio", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert result.returncode == code
+    assert words in result.stderr.decode()
+    assert "Traceback" not in result.stderr.decode()
+    assert (tmp_path / "a.wav").exists() == (code == 0)
