@@ -8,6 +8,7 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    audio,
     audio_adapter,
     audio_avatar,
     control,
@@ -27,6 +28,7 @@ from tests.golden_checks import (
 CHECKS = {
     kind: check
     for module in (
+        audio,
         audio_adapter,
         audio_avatar,
         control,
@@ -65,9 +67,7 @@ NOT_BUILT_YET = {
         "iid_resize_img",
     ),
     "talking avatar": (
-        "stableavatar_audio_features",
         "stableavatar_dataset_sample",
-        "stableavatar_lip_mask",
         "stableavatar_train_step",
     ),
     "long video": (
