@@ -6,16 +6,17 @@ Source: StableAvatar (arXiv 2508.08248), `wan_inference_long_pipeline.py`.
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
+import psutil
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from configs import load_config, part_path
-from errors import UserError, WeightsError
+from errors import ResourceError, UserError, WeightsError
 from models.audio_adapter import AudioAdapter, load_audio_avatar
 from models.audio_encoder import AudioEncoder, load_audio_encoder
 from models.wan.checkpoint import fingerprint
@@ -34,6 +35,7 @@ from pipelines.distributed import Processes, shard_weights
 from pipelines.jobs import Job
 from pipelines.memory import stage
 from pipelines.text_to_video import ProgressBar, VideoMaker
+from pipelines.video_file import readable_bytes
 from pipelines.wan import Wan
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
 from preprocess.image import read_image
@@ -45,6 +47,8 @@ AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
 
 class AvatarWan(Wan):
     """A Wan image-to-video model with an audio adapter, which is loaded, moved and freed with its transformer."""
+
+    real_one = ("--only stableavatar-1.3B", "--config stableavatar-1.3B")
 
     def __init__(self, settings: AvatarSettings, config: dict, processes: Processes):
         super().__init__(settings, config, processes)
@@ -87,18 +91,22 @@ class AvatarWan(Wan):
         """The adapter of the transformer that `transformer` returned last."""
         return self._adapter.to(self.device) if self.memory == "model" else self._adapter
 
-    def encode_sounds(self, sounds: list[numpy.ndarray]) -> list[Tensor]:
-        """wav2vec2 features (1, L, D) of each piece of sound, on the disk: an hour's take 0.7 GB. The encoder is freed
-        before returning.
+    def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """wav2vec2 features (1, L, D) of parts of a sound, each by itself; on the disk, an hour's take 0.7 GB. The
+        encoder is freed before returning.
+
+        Args:
+            samples: (N,) at 16 kHz.
+            ranges: (first, end) of each part; beyond the sound there is silence.
         """
         encoder = self._load_audio_encoder().to(self.device)
-        lengths = [num_features(len(sound)) for sound in sounds]
+        lengths = [num_features(end - first) for first, end in ranges]
         starts = numpy.cumsum([0, *lengths])
         with tempfile.TemporaryFile() as file:  # its place is kept by the mapping
             features = torch.from_numpy(numpy.memmap(file, numpy.float32, "w+", 0, (int(starts[-1]), encoder.width)))
         parts = features.split(lengths)
-        for sound, part in zip(sounds, parts, strict=True):
-            part.copy_(encoder.last_hidden_state(sound)[0])
+        for (first, end), part in zip(ranges, parts, strict=True):
+            part.copy_(encoder.last_hidden_state(cut_samples(samples, first, end))[0])
         del encoder
         self._free()
         return [part[None] for part in parts]
@@ -173,6 +181,7 @@ class AvatarMaker(VideoMaker):
         self.timeline = AudioTimeline(len(samples), settings.fps)
         self.num_latents = latent_length(self.timeline.num_latent_frames, settings.window)
         self.windows = plan_windows(self.num_latents, settings.window, settings.overlap, settings.last_window)
+        self.check_step_cache()
         self.hashes = {
             "reference_image": hashlib.sha256(reference.tobytes()).hexdigest(),
             "audio": hashlib.sha256(samples.tobytes()).hexdigest(),
@@ -185,11 +194,29 @@ class AvatarMaker(VideoMaker):
         with wan.vae() as vae, stage("encoding the photo", "try a smaller size or --vae_dtype bf16"):
             # Every window is told that it begins with the photo; their overlaps make them one video.
             self.condition = frames_condition(vae, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
-        self.features = wan.encode_sounds([cut_samples(samples, *self.sound(window)) for window in self.windows])
+        choices = (settings.last_window, settings.audio_alignment)
+        ranges = [sound_of(window, self.timeline, self.num_latents, *choices) for window in self.windows]
+        self.features = wan.encode_sounds(samples, ranges)
 
-    def sound(self, window) -> tuple[int, int]:
-        settings = self.settings
-        return sound_of(window, self.timeline, self.num_latents, settings.last_window, settings.audio_alignment)
+    def check_step_cache(self) -> None:
+        """What a step cache remembers of every window and branch grows with the video.
+
+        Raises:
+            ResourceError: it does not fit.
+        """
+        settings, device = self.settings, self.wan.device
+        if settings.step_cache == "none":
+            return
+        tokens = settings.window * (settings.height // 16) * (settings.width // 16)
+        residuals = 3 * len(self.windows) * (1 if settings.step_cache == "teacache" else 2)
+        needed = residuals * tokens * self.wan.transformer_config.dim * 4
+        on_device = device.type == "cuda" and not settings.teacache_offload
+        free = torch.cuda.mem_get_info(device)[0] if on_device else psutil.virtual_memory().available
+        if needed > free:
+            raise ResourceError(
+                f"--step_cache {settings.step_cache}: remembers {readable_bytes(needed)} for {len(self.windows)} "
+                f"windows, {readable_bytes(free)} are free; try --teacache_offload, or do without a step cache"
+            )
 
     # ------------------------------------------------------------------------------------------------ one video
 

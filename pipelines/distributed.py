@@ -139,7 +139,7 @@ def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
     """Keep a part of each block's weights in every process; a block is put together for as long as it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     for block in transformer.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,7 +7,9 @@ import itertools
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import infer_audio_avatar
 from pipelines.audio_avatar import AvatarMaker
@@ -16,7 +18,10 @@ from pipelines.distributed import Processes
 
 def keep_latents(decode):
     def decode_and_keep(self, latents, writer):
-        save_file({"latents": latents.clone()}, Path(writer.path).with_suffix(".safetensors"))
+        weight = self.wan.transformer(0).blocks[0].self_attn.q.weight
+        rows = len(weight.to_local() if isinstance(weight, DTensor) else weight)  # that this process holds
+        tensors = {"latents": latents.clone(), "rows": torch.tensor(rows)}
+        save_file(tensors, Path(writer.path).with_suffix(".safetensors"))
         decode(self, latents, writer)
 
     return decode_and_keep
