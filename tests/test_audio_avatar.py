@@ -13,18 +13,29 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import infer_audio_avatar
+from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
-from pipelines.audio_avatar import AvatarMaker
+from pipelines.audio_avatar import AvatarMaker, AvatarWan
 from pipelines.avatar_state import AvatarState, create_on_disk, open_on_disk
 from pipelines.avatar_windows import blend_weights, fuse, latent_length, plan_windows, sound_of
 from pipelines.distributed import Processes
+from pipelines.tiny import (
+    tiny_audio_adapter,
+    tiny_audio_encoder,
+    tiny_image_encoder,
+    tiny_text_encoder,
+    tiny_transformer,
+    tiny_vae,
+)
 from pipelines.video_file import VideoWriter, probe, read_frames, read_metadata
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
 from tests.test_distributed import torchrun
+from tests.test_infer import original_vae_names
 
 PROJECT = Path(__file__).parent.parent
 SIZE = ("--height", "32", "--width", "32")
@@ -261,6 +272,54 @@ def test_json_of_a_run_makes_the_run_again(tmp_path, speech):
     first = make(tmp_path / "first.mp4", *SMALL, "--audio", speech, *flags)
     assert (make(tmp_path / "again.mp4", "--config", tmp_path / "first.json") == first).all()
     assert read_metadata(tmp_path / "again.mp4") == read_metadata(tmp_path / "first.mp4")
+
+
+def write_release(folder: Path, config: dict) -> list[str]:
+    """The tiny avatar as files in the released layouts; the flags that name them."""
+    folder.mkdir()
+    both = tiny_transformer(config).state_dict() | tiny_audio_adapter(config).state_dict()
+    torch.save({"state_dict": both}, folder / "transformer3d-square.pt")
+    torch.save(original_vae_names(tiny_vae(config).state_dict()), folder / "Wan2.1_VAE.pth")
+    text_encoder = tiny_text_encoder(config)
+    states = {f"encoder.{name}": tensor for name, tensor in text_encoder.encoder.state_dict().items()}
+    torch.save(states, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    text_encoder.tokenizer.save_pretrained(folder / "google" / "umt5-xxl")
+    vision = tiny_image_encoder(config).model.state_dict()
+    last = config["image_encoder"]["num_hidden_layers"]  # the released tower has one more block, which is not run
+    vision |= {name.replace("layers.0.", f"layers.{last}."): t for name, t in vision.items() if "layers.0." in name}
+    torch.save(vision, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    tiny_audio_encoder(config).model.save_pretrained(folder / "wav2vec2-base-960h")
+    wav2vec2 = folder / "wav2vec2-base-960h"
+    paths = (folder / "transformer3d-square.pt", folder, wav2vec2)
+    names = ("--transformer_path", "--pretrained_model_name_or_path", "--pretrained_wav2vec_path")
+    return [str(part) for pair in zip(names, paths, strict=True) for part in pair]
+
+
+def test_released_layout_equals_the_model_in_memory(tmp_path, speech):
+    heads = load_config("tiny-avatar")["image_encoder"] | {"num_attention_heads": 1}  # 80 wide or one, in a release
+    written = {"base": "tiny-avatar", "description": "one head", "tiny": True, "seed": 0, "image_encoder": heads}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(written))
+    flags = [*SMALL, "--config", tmp_path / "one.yaml", "--audio", speech, "--reference_image", "assets/face.png"]
+    files = write_release(tmp_path / "release", load_config(tmp_path / "one.yaml"))
+    expected = make(tmp_path / "memory.mp4", *flags)
+    assert (make(tmp_path / "files.mp4", *flags, *files) == expected).all()
+    made = read_metadata(tmp_path / "files.mp4")
+    assert not made["untrained"]
+    assert len(made["weights"]) == 2 and all("sha256" in value for value in made["weights"].values())
+
+    torch.save(tiny_transformer(load_config("tiny-i2v")).state_dict(), tmp_path / "release" / "transformer3d-square.pt")
+    with pytest.raises(UserError, match="no audio adapter in it") as error:
+        make(tmp_path / "plain.mp4", *flags, *files)
+    assert error.value.exit_code == 4
+
+
+def test_the_weights_follow_the_shape_of_the_video(tmp_path):
+    config = load_config("stableavatar-1.3B")
+    for size, name in (((512, 512), "square"), ((832, 480), "rec-vec"), ((480, 832), "rec-vec")):
+        settings = SimpleNamespace(transformer_path=None, width=size[0], height=size[1])
+        wan = SimpleNamespace(settings=settings, config=config)
+        path = AvatarWan.transformer_path(wan, 0)
+        assert path == Path(f"checkpoints/StableAvatar-1.3B/transformer3d-{name}.pt")
 
 
 # ------------------------------------------------------------------------------------------ interrupted and resumed
