@@ -30,8 +30,8 @@ SAMPLES = 84 * 640  # that a window of 81 frames hears
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=384, help="width of the transformer; the released one has 1536")
-    parser.add_argument("--layers", type=int, default=6, help="the released one has 30")
+    parser.add_argument("--dim", type=int, default=256, help="width of the transformer; the released one has 1536")
+    parser.add_argument("--layers", type=int, default=4, help="the released one has 30")
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threshold", type=float, default=0.1, help="of the step cache")
