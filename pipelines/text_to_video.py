@@ -80,6 +80,7 @@ class VideoMaker:
     """
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
+    audio_start: float = 0.0  # seconds into it at which the video begins
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
@@ -111,6 +112,7 @@ class VideoMaker:
             quality=self.settings.quality,
             metadata=metadata,
             audio_path=self.audio_path,
+            audio_start=self.audio_start,
         )
         with writer if writes else contextlib.nullcontext():
             latents = self.denoise(job, state)
