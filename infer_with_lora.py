@@ -42,9 +42,7 @@ def main(args: argparse.Namespace) -> None:
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = Wan(settings, config, processes)
     jobs = processes.own(jobs)
-    wan.use_loras(
-        settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps
-    )
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
 
     faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
