@@ -145,7 +145,7 @@ def test_cuts_are_found_and_movement_is_none():
     assert find_cuts(numpy.concatenate([pan(places[0], 9, 8), pan(places[1], 9, 8)])) == [9]
     assert find_cuts(pan(places[0], 12, 80)) == [], "a fast pan"
     assert find_cuts(random.integers(0, 256, (6, 60, 80, 3)).astype(numpy.uint8)) == []
-    dark = pan(places[0], 6, 2) // 8
+    dark = pan(places[0], 6, 2) // 16
     assert find_cuts(numpy.concatenate([dark, dark * 0])) == [], "too dark to tell"
     slowly = numpy.stack([(places[0] * (1 - i / 24.0)).astype(numpy.uint8) for i in range(25)])
     assert find_cuts(slowly) == [], "a fade"

@@ -25,7 +25,7 @@ from models.wan.tea_cache import TeaCache
 from pipelines.control_video import plan_windows, read_mask, size_within, spread_frames
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
 from pipelines.job_state import JobState
-from pipelines.tiny import tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.video_file import probe, read_frames, read_metadata, write_video
 from tests import tiny
@@ -66,6 +66,34 @@ def test_hints_are_computed_one_by_one_right_before_they_are_added():
         branch.vace_blocks[i].register_forward_hook(lambda *_, i=i: order.append(f"hint {i}"))
     model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[branch.plugin(context())])
     assert order == ["base 0", "hint 0", "base 1", "hint 1"]
+
+
+def test_prompt_keys_of_the_branch_are_computed_once():
+    model, branch = tiny.transformer(), tiny.vace_branch()
+    calls = []
+    for block in branch.vace_blocks:
+        block.cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+
+    def run(prompt, steps=3):
+        calls.clear()
+        with torch.no_grad():
+            plugin = branch.plugin(context())
+            return [model(tiny.latents(s), TIMESTEP, prompt, plugins=[plugin]) for s in range(steps)], len(calls)
+
+    (kept, few), (recomputed, many) = run(tiny.prompt()), run(tiny.prompt(keep_keys_values=False))
+    assert (few, many) == (2, 6)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    other, _ = run(tiny.prompt(seed=4))
+    assert not torch.equal(other[0], kept[0])
+    shared = tiny.prompt()  # another branch on the same prompt has keys of its own
+    run(shared)
+    second = fill_from_seed(tiny.vace_branch(), 99)
+    with torch.no_grad():
+        pair = [
+            model(tiny.latents(), TIMESTEP, prompt, plugins=[second.plugin(context())])
+            for prompt in (shared, tiny.prompt())
+        ]
+    assert torch.equal(*pair)
 
 
 def test_batch_equals_single_and_ragged():
