@@ -33,7 +33,7 @@ from preprocess.face_paste import (
     paste_aligned,
     soften,
 )
-from tests.test_input_videos import encode
+from tests.test_input_videos import encode, ffmpeg
 
 PROJECT = Path(__file__).parent.parent
 FEW = ["--num_inference_steps", "2", "--num_frames", "17"]
@@ -300,7 +300,10 @@ def test_the_models_face_is_put_into_the_inputs_picture(tmp_path, clip, written,
     """By default: what --no_composite writes, put together by hand with the mask and the colours of the input."""
     makers = []
     monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
-    write_video(tmp_path / "short.mp4", [read_frames(clip)[:5]], fps=25)
+    write_video(tmp_path / "silent.mp4", [read_frames(clip)[:5]], fps=25)
+    tone = "aevalsrc=if(gt(t\\,0.2)\\,0.5*sin(2764*t)\\,0):s=16000:d=0.4"  # sets in with the picture, 0.2 s late
+    late = ["-itsoffset", "0.2", "-i", tmp_path / "silent.mp4", "-f", "lavfi", "-i", tone]
+    ffmpeg(*late, "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", tmp_path / "short.mp4")
     written()
     swap(tmp_path / "drawn.mp4", tmp_path / "short.mp4", "--no_composite")
     drawn, original = written(), read_frames(tmp_path / "short.mp4")
@@ -315,6 +318,7 @@ def test_the_models_face_is_put_into_the_inputs_picture(tmp_path, clip, written,
         distances = [abs(picture[face].mean(axis=0) - input_frame[face].mean(axis=0)).max() for picture in (frame, raw)]
         assert distances[0] < 0.75 * distances[1], "the colours were not matched"
     assert (drawn != original).any(axis=-1).mean() > 0.9
+    assert (abs(sound(tmp_path / "out.mp4")[:3200].reshape(-1, 200)).max(axis=1) > 8000)[1:].all(), "out of step"
 
 
 def test_windows_never_span_a_cut(tmp_path, clip, written, monkeypatch):

@@ -22,10 +22,12 @@ from models.vace import default_layers, load_vace
 from models.wan.checkpoint import convert_names, to_diffusers_name
 from models.wan.schedulers import get_schedule
 from models.wan.tea_cache import TeaCache
-from pipelines.control_video import plan_windows, read_mask, size_within, spread_frames
+from pipelines.control_video import plan_windows, read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
+from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.vace import VaceWan
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.video_file import probe, read_frames, read_metadata, write_video
 from tests import tiny
@@ -237,6 +239,18 @@ def test_a_control_that_does_not_fit_the_memory_is_refused(tmp_path, monkeypatch
     with pytest.raises(UserError, match="9 frames of 96x64") as error:
         infer_with_vace.main(infer_with_vace.parse_args(flags))
     assert error.value.exit_code == 5
+
+
+def test_the_branch_and_its_prompt_keys_count_as_memory():
+    def bytes_of(memory):
+        args = infer_with_vace.parse_args(["--memory", memory, "--output", "x.mp4"])
+        return VaceWan(*resolve_vace_settings(args), start_processes("cpu")).branch_bytes()
+
+    weights = sum(p.numel() for p in tiny.vace_branch().parameters())
+    keys = 2 * 2 * 512 * tiny.DIM * 2  # keys and values of two prompts in two blocks
+    assert bytes_of("model") == bytes_of("resident") == 4 * (weights + keys)
+    assert bytes_of("group") == 4 * (weights // 2 + keys)
+    assert bytes_of("sequential") == 0
 
 
 def test_released_layers():
