@@ -75,11 +75,11 @@ def main(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
     wan = AvatarWan(settings, config, processes)
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(beside=wan.adapter_bytes())
 
     reference = read_reference(settings)  # (H, W, 3) uint8
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial)
     maker = AvatarMaker(wan, text, reference, samples)
     for job in jobs:
         print(maker.make(job))

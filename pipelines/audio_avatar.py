@@ -4,6 +4,7 @@ Source: StableAvatar (arXiv 2508.08248), `wan_inference_long_pipeline.py`.
 """
 
 import hashlib
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -251,11 +252,12 @@ class AvatarMaker(VideoMaker):
 
     def run_steps(self, job: Job, state: AvatarState, first: int, progress: ProgressBar) -> None:
         """A function of its own, so that a step that fails leaves nothing that holds the model."""
-        if first == self.schedule.num_steps:
-            return
-        velocity = self.velocity(job)
-        for step in range(first, self.schedule.num_steps):
-            self.step(job, state, step, velocity, progress)
+        steps = self.schedule.num_steps
+        ranges = itertools.groupby(range(first, steps), key=lambda step: self.wan.with_loras(step, steps))
+        for with_loras, in_range in ranges:
+            velocity = self.velocity(job, with_loras)
+            for step in in_range:
+                self.step(job, state, step, velocity, progress)
 
     @torch.no_grad()
     def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: ProgressBar) -> None:
@@ -319,10 +321,10 @@ class AvatarMaker(VideoMaker):
 
     # ------------------------------------------------------------------------------------------- what a step needs
 
-    def velocity(self, job: Job) -> Callable[[int, int, Tensor], Tensor]:
+    def velocity(self, job: Job, with_loras: bool) -> Callable[[int, int, Tensor], Tensor]:
         """(step, window's number, sample (1, C, f, h, w)) -> the guided velocity. Holds what lasts over the steps."""
         wan, settings, device = self.wan, self.settings, self.wan.device
-        transformer = wan.transformer(0)
+        transformer = wan.transformer(0, with_loras)
         adapter = wan.adapter()
         if transformer.is_cache_enabled:  # of the video before
             transformer.disable_cache()

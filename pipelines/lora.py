@@ -88,8 +88,12 @@ def resolve_lora_settings(
         for path in paths:
             if not Path(path).exists():
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
-    if required and not any(settings.lora_files(2)):
-        raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+    if not any(settings.lora_files(2)):
+        if required:
+            raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+        for name in ("lora_mode", "lora_partial", "lora_start", "lora_end"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name}: there is no --lora_path it could be for")
     if settings.lora_mode not in MODES:
         raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
     _check_steps(settings)

@@ -313,6 +313,25 @@ def test_released_layout_equals_the_model_in_memory(tmp_path, speech):
     assert error.value.exit_code == 4
 
 
+def test_a_trained_lora_changes_the_video(tmp_path, reference, speech):
+    """In the dialect of StableAvatar's own training, which its scripts cannot load; for all steps or a part of them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in ("self_attn_q", "cross_attn_k_img"):
+        path = f"lora_transformer__blocks_0_{name}"
+        tensors[f"{path}.lora_down.weight"] = torch.randn(4, 64, generator=generator)
+        tensors[f"{path}.lora_up.weight"] = torch.randn(64, 4, generator=generator)
+        tensors[f"{path}.alpha"] = torch.tensor(2)
+    torch.save(tensors, tmp_path / "lora.pt")
+    flags = (*SMALL, "--audio", speech, "--lora_path", tmp_path / "lora.pt")
+    merged, live = make(tmp_path / "merged.mp4", *flags), make(tmp_path / "live.mp4", *flags, "--lora_mode", "live")
+    in_part = make(tmp_path / "part.mp4", *flags, "--lora_start", 0.4)
+    assert abs(merged.astype(int) - live).mean() < 0.1
+    for one, other in ((merged, reference), (in_part, reference), (in_part, merged)):
+        assert (one != other).mean() > 0.5
+    assert len(read_metadata(tmp_path / "merged.mp4")["weights"]) == 2
+
+
 def test_the_weights_follow_the_shape_of_the_video(tmp_path):
     config = load_config("stableavatar-1.3B")
     for size, name in (((512, 512), "square"), ((832, 480), "rec-vec"), ((480, 832), "rec-vec")):
@@ -485,6 +504,7 @@ def test_silence_is_allowed_and_said(tmp_path, caplog):
         (["--reference_image", "missing.png"], 3, ["--reference_image", "missing.png"]),
         (["--reference_image", "README.md"], 3, ["README.md"]),
         (["--lora_path", "missing.safetensors"], 4, ["missing.safetensors"]),
+        (["--lora_start", "0.5"], 2, ["--lora_start", "no --lora_path"]),
         (["--transformer_path", "missing.pt", "--audio", "assets/speech.wav", "--reference_image", "assets/face.png"]
          , 4, ["missing.pt", "--only stableavatar-1.3B"]),
     ],
