@@ -267,7 +267,7 @@ class AvatarMaker(VideoMaker):
         interrupted run has done of the step is kept.
         """
         processes, solver, windows = self.wan.processes, make_solver(self.schedule), self.windows
-        finished = processes.share(state.finished_windows(step, len(windows)))
+        finished = state.finished_windows(step, len(windows))
         todo = [number for number in range(len(windows)) if number not in finished]
         owners = {number: i % processes.count if processes.by_windows else 0 for i, number in enumerate(todo)}
         progress.advance(len(finished))

@@ -139,11 +139,13 @@ class AvatarState:
         self.window(number).save(Step(step, sample, sample, {}))
 
     def finished_windows(self, step: int, count: int) -> list[int]:
-        """The windows of this step that an earlier run has done, as far as this process can see."""
-        finished = [number for number in range(count) if self.load_window(step, number) is not None]
-        if not finished and self.processes.rank == 0:
-            self.remove_windows()  # of the step before
-        return finished
+        """The windows of this step that an earlier run has done, as far as the first process can see."""
+        finished = []
+        if self.processes.rank == 0:
+            finished = [number for number in range(count) if self.load_window(step, number) is not None]
+            if not finished:
+                self.remove_windows()  # of the step before
+        return self.processes.share(finished)
 
     def load_window(self, step: int, number: int) -> Tensor | None:
         """What an earlier run, or this one, made of a window in this step."""

@@ -39,4 +39,4 @@ def match_colors(frames: Tensor, reference: Tensor, strength: float = 1.0) -> Te
 
 def to_lab(picture: Tensor) -> numpy.ndarray:
     """(3, H, W) in [-1, 1] -> (H, W, 3) in CIE Lab, float64."""
-    return rgb2lab((picture.double() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy())
+    return rgb2lab((picture.cpu().double() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())

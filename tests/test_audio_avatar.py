@@ -563,3 +563,14 @@ def keeping_latents():
 
         patch.setattr(AvatarMaker, "decode", keep)
         yield kept
+
+
+def test_settings_are_refused_before_torch_is_imported():
+    code = """
+import sys
+import infer_audio_avatar
+from pipelines.avatar_settings import resolve_avatar
+resolve_avatar(infer_audio_avatar.parse_args([]))
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
