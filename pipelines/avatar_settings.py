@@ -147,7 +147,9 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         raise UsageError("--audio_native_guidance: two weights, of the audio and of the latent-audio pair; 2 2 to try")
     if settings.audio_native_guidance is not None and args.sample_audio_guide_scale is not None:
         raise UsageError("--sample_audio_guide_scale: --audio_native_guidance takes its place; give one")
-    if settings.window > 1 and not 1 <= settings.overlap < settings.window:
+    if settings.window < 2:
+        raise UsageError(f"--clip_sample_n_frames {settings.num_frames}: accepted are 5 or more, 81 as trained")
+    if not 1 <= settings.overlap < settings.window:
         raise UsageError(
             f"--overlap_window_length {settings.overlap}: accepted are 1 to {settings.window - 1}, less than the "
             f"{settings.window} latent frames of a window (--clip_sample_n_frames {settings.num_frames})"

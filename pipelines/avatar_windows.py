@@ -46,7 +46,7 @@ def plan_windows(num_latents: int, window: int, overlap: int, last_window: str =
             what is left, and mouths move too slowly.
     """
     assert num_latents >= window, "a video shorter than a window is made as one window and cut"
-    assert 1 <= overlap < window or num_latents == window
+    assert 1 <= overlap < window
     windows = [AvatarWindow(0, window, 0)]
     while (end := windows[-1].stop) < num_latents:
         start = end - overlap
@@ -57,7 +57,9 @@ def plan_windows(num_latents: int, window: int, overlap: int, last_window: str =
     return windows
 
 
-def sound_of(window: AvatarWindow, timeline: AudioTimeline, num_latents: int, last_window: str, alignment: str):
+def sound_of(
+    window: AvatarWindow, timeline: AudioTimeline, num_latents: int, last_window: str, alignment: str
+) -> tuple[int, int]:
     """(first, end) of the samples that a window hears; where they lie beyond the sound there is silence.
 
     Args:
