@@ -20,6 +20,7 @@ import infer_audio_avatar
 from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
+from pipelines import job_state
 from pipelines.audio_avatar import AvatarMaker, AvatarWan
 from pipelines.avatar_state import AvatarState, create_on_disk, open_on_disk
 from pipelines.avatar_windows import blend_weights, fuse, latent_length, plan_windows, sound_of
@@ -427,6 +428,25 @@ def test_no_room_for_the_latents_is_exit_5(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left") as error:
         state.open(iter(()), resumable=False)
     assert error.value.exit_code == 5
+
+
+def test_a_disk_that_fills_up_is_exit_5_and_the_run_can_go_on(tmp_path, reference, speech, monkeypatch):
+    saved = []
+
+    def save_file(tensors, path, metadata, save=job_state.save_file):
+        saved.append(path)
+        if len(saved) == 5:
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_state, "save_file", save_file)
+        with pytest.raises(UserError, match="No space left on device.; make room") as error:
+            run(tmp_path / "out.mp4", *SMALL, "--audio", speech)
+    assert error.value.exit_code == 5
+    calls = count_blocks(monkeypatch)
+    assert (make(tmp_path / "out.mp4", *SMALL, "--audio", speech) == reference).all()
+    assert len(calls) == 3 * (9 - 4)
 
 
 def test_out_of_memory_goes_on_with_the_next_mode(tmp_path, reference, speech, monkeypatch, caplog):
