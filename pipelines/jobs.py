@@ -1,4 +1,4 @@
-"""Which videos or pictures a run makes, and where they go. Plain functions without torch: a bad path is refused at once."""
+"""Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
 
 import itertools
 from dataclasses import dataclass
