@@ -19,11 +19,20 @@ from pipelines.arguments import add_common_arguments
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    from pipelines.settings import method_of
+
+    # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
+    {"standin": stand_in}[method_of(args)](args)
+
+
+def stand_in(args: argparse.Namespace) -> None:
+    """Videos by Stand-In on Wan."""
     from pipelines.jobs import list_jobs
     from pipelines.settings import resolve_settings
 
