@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from errors import ResourceError
@@ -128,3 +129,16 @@ def offload_groups(module: nn.Module, device: torch.device, memory: str, prefetc
         else {"offload_type": "leaf_level"}
     )
     module.enable_group_offload(device, offload_device=torch.device("cpu"), use_stream=streams, **options)
+
+
+def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, memory: str) -> None:
+    """Put a pipeline of diffusers where the memory mode says, by diffusers' own means."""
+    if memory == "group":
+        streams = device.type == "cuda"
+        pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=streams)
+    elif memory == "resident" or device.type == "cpu":  # a CPU has nowhere to offload to
+        pipeline.to(device)
+    elif memory == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)

@@ -2,6 +2,7 @@
 
 detector = load_detector()                           # antelopev2 where its weights are, else OpenCV's cascade
 for face in detector(picture): ...
+detector = load_recogniser()                         # antelopev2 with ArcFace: every face comes with its embedding
 """
 
 import logging
@@ -24,6 +25,7 @@ class Face:
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: hairline to chin
     score: float  # 0..1
     keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
+    embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
 
 
 def load_detector(path=None):
@@ -51,6 +53,30 @@ def load_detector(path=None):
     return InsightFaceDetector(folder)
 
 
+def load_recogniser(path=None, needed_by="this"):
+    """A detector whose faces carry their ArcFace embedding.
+
+    Args:
+        path: as for `load_detector`.
+        needed_by: the flag or method that cannot do without, for the message.
+
+    Raises:
+        WeightsError: antelopev2 is not there (nothing stands in for it), damaged, or insightface is not installed.
+    """
+    folder = _onnx_folder(path or DETECTOR_PATH)
+    if folder is None:
+        raise WeightsError(
+            f"{needed_by} needs the face models of antelopev2, which are not in {str(path or DETECTOR_PATH)!r}; "
+            "fetch them with `python download_models.py --only antelopev2`"
+        )
+    return InsightFaceDetector(folder, embeddings=True)
+
+
+def recogniser_is_there(path=None):
+    """Whether `load_recogniser` has files to load."""
+    return _onnx_folder(path or DETECTOR_PATH) is not None
+
+
 def _onnx_folder(root):
     """Where the .onnx files are: insightface's own layout, a flat folder, or the doubly nested one of its zip."""
     for folder in ("", "models/antelopev2", "antelopev2", "models/antelopev2/antelopev2"):
@@ -60,9 +86,9 @@ def _onnx_folder(root):
 
 
 class InsightFaceDetector:
-    """SCRFD-10G of antelopev2, through insightface."""
+    """SCRFD-10G of antelopev2, through insightface; with `embeddings` its ArcFace-R100 too."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, embeddings=False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -82,8 +108,9 @@ class InsightFaceDetector:
                 logger.info(
                     "onnxruntime has no CUDA: faces are detected on the CPU (requirements.txt says how to change it)"
                 )
+        modules = ["detection", "recognition"] if embeddings else ["detection"]
         try:
-            self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=["detection"])
+            self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=modules)
         except AssertionError as error:  # its way of saying that no file is a detector
             raise WeightsError(
                 f"no face detector (scrfd_10g_bnkps.onnx) among the .onnx files in {str(folder)!r}; "
@@ -94,12 +121,19 @@ class InsightFaceDetector:
                 f"the face detector in {str(folder)!r} cannot be loaded ({str(error).strip()[:160]}); "
                 "fetch it again with `python download_models.py --only antelopev2`"
             ) from error
+        if embeddings and "recognition" not in self.analysis.models:
+            raise WeightsError(
+                f"no face recogniser (glintr100.onnx) among the .onnx files in {str(folder)!r}; "
+                "fetch them again with `python download_models.py --only antelopev2`"
+            )
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
     def __call__(self, image):
         found = self.analysis.get(np.ascontiguousarray(image[..., ::-1]))  # it wants BGR
-        return [Face(tuple(float(v) for v in face.bbox), float(face.det_score), face.kps) for face in found]
+        return [
+            Face(tuple(float(v) for v in face.bbox), float(face.det_score), face.kps, face.embedding) for face in found
+        ]
 
 
 class CascadeDetector:
