@@ -5,6 +5,7 @@
     python infer.py --wan_version 2.2 --ip_image me.jpg --prompt @prompts.txt --seed 0 1 2
     python infer.py --wan_version 2.1 --ip_image anna.jpg ben.jpg --prompt "A woman and a man dance"
     python infer.py --config out.json --output again.mp4               the run that wrote out.json, once more
+    python infer.py --method consisid --ip_image me.jpg --prompt "…"   ConsisID; --config consisid-1.5 for 1.5
     torchrun --nproc_per_node 4 infer.py … --prompt @prompts.txt       prompts split over four processes
     torchrun --nproc_per_node 4 infer.py … --ulysses_degree 4          one video on four GPUs
 
@@ -14,13 +15,14 @@ Weights: python download_models.py --wan_version 2.1. A run that was stopped goe
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.arguments import add_common_arguments, add_consis_id_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
+    add_consis_id_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -28,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.settings import method_of
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
-    {"standin": stand_in}[method_of(args)](args)
+    {"standin": stand_in, "consisid": consis_id}[method_of(args)](args)
 
 
 def stand_in(args: argparse.Namespace) -> None:
@@ -54,6 +56,29 @@ def stand_in(args: argparse.Namespace) -> None:
     maker = VideoMaker(wan, text, faces)
     for job in jobs:
         print(maker.make(job))
+    processes.close()
+
+
+def consis_id(args: argparse.Namespace) -> None:
+    """Videos by ConsisID on CogVideoX."""
+    from pipelines.consis_id_settings import resolve_consis_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_consis_id(args)
+    jobs = list_jobs(settings)
+
+    from pipelines.consis_id import ConsisID
+    from pipelines.distributed import start_processes
+
+    processes = start_processes(settings.device)
+    model = ConsisID(settings, config, processes)
+    jobs = processes.own(jobs)
+    model.check()
+
+    face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
+    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+    for job in jobs:
+        print(model.make(job, face, text))
     processes.close()
 
 
