@@ -19,6 +19,7 @@ from models.identity.instant_id import (
     generate,
     region_tokens,
 )
+from models.prompt_weighting import encode_weighted, pad_to_equal, parse_weights, split_blocks
 from preprocess.image import read_image
 from preprocess.keypoints import draw_keypoints, resize_picture
 
@@ -154,10 +155,47 @@ def check_pipeline(case):
                 case.check(output, down[int(output.removeprefix("controlnet.down"))])
 
 
+def check_prompt_weighting(case):
+    """The parser, the blocks, and the weighted states of the case's stub encoders."""
+    for row in case.config["parse"]:
+        expected = [(text, weight) for text, weight in row["parsed"]]
+        assert parse_weights(row["text"]) == expected, f"{case.folder.name}: {row['text']}"
+    for row in case.config["groups"]:
+        tokens, weights = list(range(row["n"])), [1.0 + 0.1 * (i % 3) for i in range(row["n"])]
+        blocks = split_blocks(tokens, weights, row["pad_last_block"])
+        assert [len(ids) for ids, _ in blocks] == row["lengths"]
+        ids, their_weights = blocks[-1]
+        assert ids[-len(row["tokens_tail"]) :] == row["tokens_tail"]
+        numpy.testing.assert_allclose(their_weights[-len(row["weights_tail"]) :], row["weights_tail"], rtol=1e-6)
+
+    def stub_encoder(width, phase):
+        def encode(ids):
+            t, place, channel = ids[0].float(), torch.arange(ids.shape[1]), torch.arange(width) + 1
+            angle = (t % 97 + 1)[:, None] * channel * 0.013 + phase
+            angle = angle + (0.05 * place + 0.3 * torch.sin(0.001 * t.cumsum(0)))[:, None]
+            hidden = torch.sin(angle)[None]  # (1, n, width)
+            return hidden, hidden.mean(dim=1)
+
+        return encode
+
+    for number, row in enumerate(case.config["encode"]):
+        encoders = [stub_encoder(row["width1"], 0), stub_encoder(row["width2"], 1)]
+        texts = {
+            name: [case.inputs[f"e{number}.{key}{kind}"].tolist() for kind in ("tokens", "weights")]
+            for name, key in (("prompt", ""), ("negative", "neg_"))
+        }
+        length = max(len(tokens) for tokens, _ in texts.values())
+        for name, (tokens, weights) in texts.items():
+            states, pooled = encode_weighted(*pad_to_equal(tokens, weights, length), encoders)
+            case.check(f"e{number}.{name}", states)
+            case.check(f"e{number}.{'pooled' if name == 'prompt' else 'negative_pooled'}", pooled)
+
+
 CHECKS = {
     "draw_kps": check_draw_keypoints,
     "iid_resize_img": check_resize_picture,
     "iid_resampler": check_resampler,
     "iid_ip_attention": check_ip_attention,
     "iid_pipeline": check_pipeline,
+    "iid_prompt_weighting": check_prompt_weighting,
 }
