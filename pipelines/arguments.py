@@ -74,6 +74,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--ring_degree", type=int, help="… by ring attention")
 
 
+def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
+    """The face score as a gate; `pipelines.scoring`."""
+    score = parser.add_argument_group("likeness")
+    score.add_argument("--min_face_score", type=float, help="ArcFace cosine to the photo; below it, try the next seed")
+    score.add_argument("--max_retries", type=int, help="further seeds to try, then the best is kept (3)")
+
+
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """LoRAs on top of the base model; `pipelines.lora.LoraSettings` has their defaults and rules."""
     lora = parser.add_argument_group("LoRA")
