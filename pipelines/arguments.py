@@ -77,9 +77,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def add_consis_id_arguments(parser: argparse.ArgumentParser) -> None:
     """What only ConsisID has; `pipelines.consis_id_settings.ConsisIDSettings` has the defaults."""
     consis_id = parser.add_argument_group("--method consisid")
-    consis_id.add_argument("--face_encoder_path", help="folder of RetinaFace and EVA-CLIP (face_encoder of --base_path)")
+    consis_id.add_argument("--face_encoder_path", help="folder of RetinaFace and EVA-CLIP (BASE_PATH/face_encoder)")
     consis_id.add_argument("--face_detector", help="whose points align the face: retinaface (as trained), scrfd")
     consis_id.add_argument("--face_select", help="one: one face for all networks; upstream: the authors' two rules")
+
+
+def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
+    """The face score as a gate; `pipelines.scoring`."""
+    score = parser.add_argument_group("likeness")
+    score.add_argument("--min_face_score", type=float, help="ArcFace cosine to the photo; below it, try the next seed")
+    score.add_argument("--max_retries", type=int, help="further seeds to try, then the best is kept (3)")
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:

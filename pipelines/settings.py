@@ -50,6 +50,8 @@ BOUNDS = {
     "ulysses_degree": (1, 1024),
     "ring_degree": (1, 1024),
     "timesteps": (1, 1000),
+    "min_face_score": (-1, 1),
+    "max_retries": (0, 100),
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
@@ -114,6 +116,14 @@ class Settings:
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikenessSettings:
+    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
+
+    min_face_score: float | None = None  # ArcFace cosine; None: measure only
+    max_retries: int = 3  # further seeds to try while the score is below
 
 
 def resolve_settings(

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -436,6 +437,38 @@ def read_metadata(path: str | os.PathLike) -> dict:
     raise InputError(f"{path} carries no record of what made it, and {sidecar_path(Path(path)).name} does not either")
 
 
+def add_metadata(path: Path, further: dict) -> None:
+    """Add what is known only now to the record in a finished video and beside it. Its streams are copied as they are.
+
+    Raises:
+        InputError: the video carries no record.
+        ResourceError: the disk is full.
+    """
+    metadata = read_metadata(path) | further
+    part, sidecar_part = path.with_name(f".{path.stem}.part.mp4"), path.with_name(f".{path.stem}.part.json")
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".ffmetadata") as comment:
+            comment.write(ffmetadata({"comment": to_json(metadata)}))
+            comment.flush()
+            result = run_ffmpeg(
+                *("-y", "-i", ffmpeg_url(path), "-f", "ffmetadata", "-i", comment.name, "-map", "0", "-c", "copy"),
+                *("-map_metadata", "1", *MP4, ffmpeg_url(part)),
+            )
+        if result.returncode != 0:
+            raise ResourceError(
+                f"{path}: its record cannot be written: {reasons(result.stderr, 'no reason given')[-1]}"
+            )
+        sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
+        for written, place in ((sidecar_part, sidecar_path(path)), (part, path)):
+            sync(written)
+            os.replace(written, place)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        for written in (part, sidecar_part):
+            written.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -478,16 +511,24 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     )
 
 
-def read_frames(path: str | os.PathLike) -> np.ndarray:
+def read_frames(path: str | os.PathLike, *, at_most: int | None = None) -> np.ndarray:
     """Decode a whole video, (F, H, W, 3) uint8 RGB, every stored frame once. For clips: it is all in memory.
+
+    Args:
+        at_most: only so many of them, at equal distances from the first on.
 
     Raises:
         InputError: missing, damaged (also a file cut off in the middle), or without video.
     """
     info = probe(path)
+    every = math.ceil(info.num_frames / at_most) if at_most else 1
     result = run_ffmpeg(
         *("-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"),
-        *("-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"),
+        *(
+            "-vf",
+            f"select=not(mod(n\\,{every})),scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,"
+            "format=rgb24",
+        ),
         *("-f", "rawvideo", "pipe:1"),
     )
     frame_bytes = info.height * info.width * 3
