@@ -67,7 +67,7 @@ def consis_id(args: argparse.Namespace) -> None:
     settings, config = resolve_consis_id(args)
     jobs = list_jobs(settings)
 
-    from pipelines.consis_id import ConsisID
+    from pipelines.consis_id import ConsisID, ConsisIDMaker
     from pipelines.distributed import start_processes
 
     processes = start_processes(settings.device)
@@ -77,8 +77,9 @@ def consis_id(args: argparse.Namespace) -> None:
 
     face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+    maker = ConsisIDMaker(model, face, text)
     for job in jobs:
-        print(model.make(job, face, text))
+        print(maker.make(job))
     processes.close()
 
 

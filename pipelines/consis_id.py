@@ -3,7 +3,7 @@
     model = ConsisID(settings, config, processes)
     face = model.prepare_face(output)
     text = model.encode_prompts([*prompts, negative_prompt])
-    model.make(job, face, text)
+    ConsisIDMaker(model, face, text).make(job)
 
 The denoising loop is diffusers', which keeps no state between steps that could be saved: a run that was stopped starts
 its unfinished video again.
@@ -193,7 +193,7 @@ class ConsisID:
     @torch.no_grad()
     def face_tokens(self, face: FaceCondition) -> Tensor:
         """What the transformer's blocks look for the face in, (1, 32, 2048): it depends on the photo alone."""
-        self.pipeline()
+        self.pipeline()  # loads the extractor too: they share a file
         id_cond, *hidden = (t.to(self.device, self.dtype) for t in (face.id_cond, *face.id_vit_hidden))
         return self._extractor(id_cond, hidden)
 
@@ -207,32 +207,44 @@ class ConsisID:
         with stage("decoding", "try --tiled"):
             yield pipeline.vae
 
-    # ---------------------------------------------------------------------------------------------------- one video
 
-    def make(self, job: Job, face: FaceCondition, text: dict[str, Tensor]) -> Path:
+class ConsisIDMaker:
+    """Makes jobs one after another with parts loaded once.
+
+    Args:
+        model: the parts.
+        face: from `ConsisID.prepare_face`.
+        text: prompt -> states, of every prompt and the negative prompt (`ConsisID.encode_prompts`).
+    """
+
+    def __init__(self, model: ConsisID, face: FaceCondition, text: dict[str, Tensor]):
+        self.model, self.face, self.text, self.settings = model, face, text, model.settings
+        self.face_tokens = model.face_tokens(face)  # of all steps of all videos
+
+    def make(self, job: Job) -> Path:
         """Denoise, and decode into the file."""
         started = time.monotonic()
         with VideoWriter(
-            job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=self.metadata(job, face)
+            job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=self.metadata(job)
         ) as writer:
-            latents = self.denoise(job, face, text)
-            with self.decoder() as vae:
+            latents = self.denoise(job)
+            with self.model.decoder() as vae:
                 for frames in decode_stream(vae, latents):
                     writer.write(frames)
         logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
-    def denoise(self, job: Job, face: FaceCondition, text: dict[str, Tensor]) -> Tensor:
+    def denoise(self, job: Job) -> Tensor:
         """Noise to clean latents (1, C, F, h, w)."""
-        settings, pipeline = self.settings, self.pipeline()
-        pictures = [face.picture]
+        settings, device, pipeline = self.settings, self.model.device, self.model.pipeline()
+        pictures = [self.face.picture]
         if pipeline.transformer.face.is_kps:
-            pictures.append(draw_keypoints(face.keypoints, *face.picture.shape[:2]))
-        progress = ProgressBar(settings.num_inference_steps, job.output.name, shown=self.processes.rank == 0)
+            pictures.append(draw_keypoints(self.face.keypoints, *self.face.picture.shape[:2]))
+        progress = ProgressBar(settings.num_inference_steps, job.output.name, shown=self.model.processes.rank == 0)
 
         def on_step(pipe: ConsisIDPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
             if not tensors["latents"].isfinite().all():
-                raise UserError(f"latents are not finite after step {step + 1} in {self.dtype}; try --dtype fp32")
+                raise UserError(f"latents are not finite after step {step + 1} in {self.model.dtype}; try --dtype fp32")
             progress.advance()
             return {}
 
@@ -244,11 +256,11 @@ class ConsisID:
                 num_frames=settings.num_frames,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale[0],
-                prompt_embeds=text[job.prompt].to(self.device),
-                negative_prompt_embeds=text[settings.negative_prompt].to(self.device),
+                prompt_embeds=self.text[job.prompt].to(device),
+                negative_prompt_embeds=self.text[settings.negative_prompt].to(device),
                 generator=torch.Generator().manual_seed(job.seed),
                 attention_kwargs={
-                    "face_tokens": self.face_tokens(face),
+                    "face_tokens": self.face_tokens,
                     "face_scale": settings.identity_strength * pipeline.transformer.face.local_face_scale,
                 },
                 output_type="latent",
@@ -257,7 +269,7 @@ class ConsisID:
         frames = (settings.num_frames - 1) // 4 + 1
         return latents[:, -frames:].transpose(1, 2)  # 1.5 pads in front, to pairs of latent frames
 
-    def metadata(self, job: Job, face: FaceCondition) -> dict:
+    def metadata(self, job: Job) -> dict:
         """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
         settings = self.settings.as_dict() | {"prompt": [job.prompt], "seed": [job.seed]}
         for name in ("output", "overwrite"):
@@ -265,10 +277,10 @@ class ConsisID:
         return {
             "made_by": "Selfsame",
             "settings": settings,
-            "weights": {str(self.transformer_path): fingerprint(self.transformer_path)},
-            "faces": {self.settings.ip_image[0]: hashlib.sha256(face.picture.tobytes()).hexdigest()},
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights": {str(self.model.transformer_path): fingerprint(self.model.transformer_path)},
+            "faces": {self.settings.ip_image[0]: hashlib.sha256(self.face.picture.tobytes()).hexdigest()},
+            "device": self.model.device.type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         }

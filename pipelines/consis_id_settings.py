@@ -7,7 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from errors import UsageError
-from pipelines.settings import BOUNDS, CHOICES, check_pictures, check_values, merge_settings
+from pipelines.settings import BOUNDS, CHOICES, LikenessSettings, check_pictures, check_values, merge_settings
 
 logger = logging.getLogger("selfsame")
 
@@ -16,7 +16,7 @@ FACE_SELECTS = ("one", "upstream")
 
 
 @dataclass(frozen=True)
-class ConsisIDSettings:
+class ConsisIDSettings(LikenessSettings):
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
     # what
