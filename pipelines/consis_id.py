@@ -176,8 +176,6 @@ class ConsisID:
         if self._pipeline is None:
             transformer, extractor = load_consis_id(self.transformer_path, dtype=self.dtype, hint=self.hint)
             vae = load_vae(self.base_path / "vae", self.dtype, self.hint)
-            if self.settings.tiled:
-                vae.enable_tiling()
             if self.settings.fp8:
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
             if self.settings.memory in ("group", "sequential"):
@@ -204,8 +202,13 @@ class ConsisID:
         if self.settings.memory == "model":
             pipeline.transformer.to("cpu")
             free_cached(self.device)
-        with stage("decoding", "try --tiled"):
-            yield pipeline.vae
+        # Not on the way in: a single frame takes little, and comes out exact.
+        pipeline.vae.use_tiling = self.settings.tiled
+        try:
+            with stage("decoding", "try --tiled"):
+                yield pipeline.vae
+        finally:
+            pipeline.vae.use_tiling = False
 
 
 class ConsisIDMaker:
@@ -307,6 +310,13 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, hint: str = "") -> T5Enc
 
 
 def load_tokenizer(folder: Path, hint: str = "") -> T5Tokenizer:
+    """T5's tokenizer.
+
+    Raises:
+        WeightsError: missing or unreadable.
+    """
+    if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):  # it would come up empty
+        raise WeightsError(f"{folder}: no spiece.model there; {hint}")
     try:
         return T5Tokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

@@ -80,10 +80,11 @@ def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
     rounded = {
         "height": math.ceil(settings.height / 16) * 16,  # a token covers 2 x 2 latent cells of 8 pixels
         "width": math.ceil(settings.width / 16) * 16,
-        "num_frames": math.ceil((settings.num_frames - 1) / 4) * 4 + 1,
+        # The VAE makes one frame of the first latent frame only where an odd number of them comes in.
+        "num_frames": math.ceil((settings.num_frames - 1) / 8) * 8 + 1,
     }
     for name, value in rounded.items():
         if value != getattr(settings, name):
-            rule = "4n+1" if name == "num_frames" else "a multiple of 16"
+            rule = "8n+1" if name == "num_frames" else "a multiple of 16"
             logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
     return dataclasses.replace(settings, **rounded), config
