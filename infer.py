@@ -14,13 +14,21 @@ Weights: python download_models.py --wan_version 2.1. A run that was stopped goe
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.arguments import (
+    add_common_arguments,
+    add_instant_id_arguments,
+    add_likeness_arguments,
+    add_picture_arguments,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
+    add_instant_id_arguments(parser)
+    add_picture_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -28,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.settings import method_of
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
-    {"standin": stand_in}[method_of(args)](args)
+    {"standin": stand_in, "instantid": instant_id}[method_of(args)](args)
 
 
 def stand_in(args: argparse.Namespace) -> None:
@@ -55,6 +63,26 @@ def stand_in(args: argparse.Namespace) -> None:
     for job in jobs:
         print(maker.make(job))
     processes.close()
+
+
+def instant_id(args: argparse.Namespace) -> None:
+    """Pictures by InstantID on SDXL."""
+    from pipelines.instant_id_settings import resolve_instant_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_instant_id(args)
+    jobs = list_jobs(settings, ".png")
+
+    from pipelines.instant_id import PictureMaker, check_files, guide_face
+    from pipelines.scoring import load_scorer, make_scored
+    from preprocess.face_detection import load_recogniser
+
+    check_files(settings, config)
+    guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
+    scorer = load_scorer(settings, settings.ip_image)
+    maker = PictureMaker(settings, config, guide)
+    for job in jobs:
+        print(make_scored(maker, job, scorer, settings))
 
 
 if __name__ == "__main__":
