@@ -15,14 +15,23 @@ Weights: python download_models.py --wan_version 2.1. A run that was stopped goe
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_consis_id_arguments
+from pipelines.arguments import (
+    add_common_arguments,
+    add_consis_id_arguments,
+    add_instant_id_arguments,
+    add_likeness_arguments,
+    add_picture_arguments,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
+    add_instant_id_arguments(parser)
+    add_picture_arguments(parser)
     add_consis_id_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -30,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.settings import method_of
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
-    {"standin": stand_in, "consisid": consis_id}[method_of(args)](args)
+    {"standin": stand_in, "instantid": instant_id, "consisid": consis_id}[method_of(args)](args)
 
 
 def stand_in(args: argparse.Namespace) -> None:
@@ -59,6 +68,26 @@ def stand_in(args: argparse.Namespace) -> None:
     processes.close()
 
 
+def instant_id(args: argparse.Namespace) -> None:
+    """Pictures by InstantID on SDXL."""
+    from pipelines.instant_id_settings import resolve_instant_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_instant_id(args)
+    jobs = list_jobs(settings, ".png")
+
+    from pipelines.instant_id import PictureMaker, check_files, guide_face
+    from pipelines.scoring import load_scorer, make_scored
+    from preprocess.face_detection import load_recogniser
+
+    check_files(settings, config)
+    guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
+    scorer = load_scorer(settings, settings.ip_image)
+    maker = PictureMaker(settings, config, guide)
+    for job in jobs:
+        print(make_scored(maker, job, scorer, settings))
+
+
 def consis_id(args: argparse.Namespace) -> None:
     """Videos by ConsisID on CogVideoX."""
     from pipelines.consis_id_settings import resolve_consis_id
@@ -69,6 +98,7 @@ def consis_id(args: argparse.Namespace) -> None:
 
     from pipelines.consis_id import ConsisID, ConsisIDMaker
     from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
 
     processes = start_processes(settings.device)
     model = ConsisID(settings, config, processes)
@@ -77,9 +107,10 @@ def consis_id(args: argparse.Namespace) -> None:
 
     face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+    scorer = load_scorer(model.scoring_settings, settings.ip_image)
     maker = ConsisIDMaker(model, face, text)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings))
     processes.close()
 
 

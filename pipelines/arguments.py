@@ -89,6 +89,40 @@ def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--max_retries", type=int, help="further seeds to try, then the best is kept (3)")
 
 
+def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
+    """Pictures by InstantID; `pipelines.instant_id_settings` has their defaults and rules."""
+    identity = parser.add_argument_group("InstantID (pictures, and first frames of videos)")
+    identity.add_argument("--sdxl_path", help="any SDXL model: Diffusers folder or single file")
+    identity.add_argument("--instantid_path", help="folder with ControlNetModel/ and ip-adapter.bin")
+    identity.add_argument("--ip_adapter_scale", type=float, help="of the face tokens; lower if over-saturated (0.8)")
+    identity.add_argument(
+        "--controlnet_conditioning_scale", type=float, help="of IdentityNet; with the other, more likeness (0.8)"
+    )
+    identity.add_argument("--face_height", type=float, help="of the face, as a share of the picture's height (0.35)")
+    identity.add_argument(
+        "--face_centre", type=float, nargs=2, metavar=("X", "Y"), help="of the face, as shares (0.5 0.38)"
+    )
+    identity.add_argument("--face_roll", type=float, help="tilt of the head in degrees, clockwise (0)")
+    identity.add_argument(
+        "--region_mask", action="store_true", default=None, help="act on the face only: for prompts with a scene"
+    )
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only --method instantid has."""
+    picture = parser.add_argument_group("InstantID pictures")
+    picture.add_argument("--control_guidance_end", type=float, help="share of the steps with IdentityNet (1)")
+    picture.add_argument("--pose_image", metavar="FILE", help="put the face where the one in this picture is")
+    picture.add_argument("--controlnet", nargs="+", action="extend", metavar="FOLDER", help="further ControlNets")
+    picture.add_argument("--control_image", nargs="+", action="extend", metavar="FILE", help="their pictures")
+    picture.add_argument("--control_scale", nargs="+", action="extend", type=float, help="one for all, or each (1)")
+    picture.add_argument("--lcm", action="store_true", default=None, help="few steps, by a LoRA (5, guidance 1.5)")
+    picture.add_argument("--lcm_lora_path", metavar="FILE")
+    picture.add_argument(
+        "--prompt_weighting", action="store_true", default=None, help="understand (word), [word] and (word:1.4)"
+    )
+
+
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """LoRAs on top of the base model; `pipelines.lora.LoraSettings` has their defaults and rules."""
     lora = parser.add_argument_group("LoRA")

@@ -50,7 +50,7 @@ def estimate_file_bytes(settings: Settings) -> int:
     one picture, uncompressed.
     """
     if not hasattr(settings, "num_frames"):
-        return 3 * settings.height * settings.width
+        return 3 * (settings.height or 1280) * (settings.width or 1280)
     pixels = settings.num_frames * settings.height * settings.width
     latents = (settings.num_frames // 4 + 1) * (settings.height // 8) * (settings.width // 8) * 16
     return pixels * 3 // 2 + 4 * 4 * latents

@@ -272,6 +272,15 @@ def check_values(settings: object, bounds: Mapping[str, tuple], choices: Mapping
             raise UsageError(f"--{name} {value}: accepted are {', '.join(accepted)}")
 
 
+def check_likeness(settings: LikenessSettings) -> None:
+    """
+    Raises:
+        UsageError: retries without a score to reach.
+    """
+    if settings.min_face_score is None and settings.max_retries != LikenessSettings.max_retries:
+        raise UsageError(f"--max_retries {settings.max_retries}: give --min_face_score, the score to reach, too")
+
+
 def check_pictures(**pictures: Sequence[str]) -> None:
     """Whether the files of these flags are there; a URL is only tried when it is read.
 

@@ -45,7 +45,7 @@ class FaceScorer:
 
     Args:
         recogniser: from `load_recogniser`: picture -> faces with embeddings.
-        photos: (H, W, 3) uint8 RGB, one a person; of each the largest face counts, or the `face_index`-th from the left.
+        photos: (H, W, 3) uint8 RGB, one a person; the largest face counts, or the `face_index`-th from the left.
         names: what messages call the photos.
 
     Raises:

@@ -4,7 +4,7 @@ Three additions to SDXL (arXiv 2401.07519): a resampler turns the ArcFace vector
 cross-attention of the UNet attends to them beside the text; and IdentityNet, a ControlNet whose picture is a drawing
 of the face's five points, attends to them instead of the text.
 
-    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(base, controlnet=load_identity_net(folder))
+    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(base, controlnet=load_controlnet(folder))
     attach_face_adapter(pipeline.unet, read_face_adapter(folder / "ip-adapter.bin"))
     picture = generate(pipeline, face.embedding, draw_keypoints(face.keypoints, height, width), prompt="…").images[0]
 
@@ -179,8 +179,14 @@ def attach_face_adapter(
     unet.to(unet.device).requires_grad_(False)
 
 
-def load_identity_net(folder: str | Path, *, dtype: torch.dtype, hint: str = "") -> ControlNetModel:
-    """The released `ControlNetModel` folder (config.json and its weights), all or error; other ControlNets too.
+def controlnet_weights(folder: str | Path) -> Path:
+    """The weights in a ControlNet's folder: of several precisions the fullest."""
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+    return next((file for name in names if (file := Path(folder) / name).is_file()), Path(folder))
+
+
+def load_controlnet(folder: str | Path, *, dtype: torch.dtype, hint: str = "") -> ControlNetModel:
+    """IdentityNet (the released `ControlNetModel` folder) or another ControlNet in Diffusers layout, all or error.
 
     Raises:
         WeightsError: missing, damaged, or the weights of something else.
@@ -191,7 +197,8 @@ def load_identity_net(folder: str | Path, *, dtype: torch.dtype, hint: str = "")
             net = ControlNetModel.from_config(config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder}: no ControlNet folder with a config.json ({error}); {hint}") from error
-    assign_tensors(net, read_tensors(folder, hint=hint), dtype=dtype, source=folder)
+    weights = controlnet_weights(folder)
+    assign_tensors(net, read_tensors(weights, hint=hint), dtype=dtype, source=weights)
     return net.eval().requires_grad_(False)
 
 
