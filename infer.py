@@ -14,11 +14,12 @@ From a picture, given or made of the photo:
     python infer.py --config wan2.1-flf2v-14B-720P --image a.jpg --last_image b.jpg --prompt "…"
     python infer.py --wan_version 2.2 --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"
 
-Pictures of the person:
+By other methods than Stand-In:
 
     python infer.py --method instantid --ip_image me.jpg --prompt "portrait of a woman in the rain" --output rain.png
+    python infer.py --method consisid --ip_image me.jpg --prompt "…"   ConsisID; --config consisid-1.5 for 1.5
 
-Weights: python download_models.py --wan_version 2.1. A run that was stopped goes on when the command is repeated.
+Weights: python download_models.py --wan_version 2.1 (or --method NAME). A run that was stopped goes on when the command is repeated.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import argparse
 from errors import run_script
 from pipelines.arguments import (
     add_common_arguments,
+    add_consis_id_arguments,
     add_image_to_video_arguments,
     add_instant_id_arguments,
     add_likeness_arguments,
@@ -40,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_image_to_video_arguments(parser)
     add_instant_id_arguments(parser)
     add_picture_arguments(parser)
+    add_consis_id_arguments(parser)
     add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
@@ -49,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
     # In each, everything that can be refused without torch is refused before it is imported.
-    {"standin": stand_in, "instantid": instant_id}[method_of(args)](args)
+    {"standin": stand_in, "instantid": instant_id, "consisid": consis_id}[method_of(args)](args)
 
 
 def stand_in(args: argparse.Namespace) -> None:
@@ -99,6 +102,32 @@ def instant_id(args: argparse.Namespace) -> None:
     maker = PictureMaker(settings, config, guide)
     for job in jobs:
         print(make_scored(maker, job, scorer, settings))
+
+
+def consis_id(args: argparse.Namespace) -> None:
+    """Videos by ConsisID on CogVideoX."""
+    from pipelines.consis_id_settings import resolve_consis_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_consis_id(args)
+    jobs = list_jobs(settings)
+
+    from pipelines.consis_id import ConsisID, ConsisIDMaker
+    from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
+
+    processes = start_processes(settings.device)
+    model = ConsisID(settings, config, processes)
+    jobs = processes.own(jobs)
+    model.check()
+
+    face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
+    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+    scorer = load_scorer(settings, settings.ip_image)
+    maker = ConsisIDMaker(model, face, text)
+    for job in jobs:
+        print(make_scored(maker, job, scorer, settings, processes))
+    processes.close()
 
 
 if __name__ == "__main__":

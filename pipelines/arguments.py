@@ -74,6 +74,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--ring_degree", type=int, help="… by ring attention")
 
 
+def add_consis_id_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only ConsisID has; `pipelines.consis_id_settings.ConsisIDSettings` has the defaults."""
+    consis_id = parser.add_argument_group("--method consisid")
+    consis_id.add_argument("--face_encoder_path", help="folder of RetinaFace and EVA-CLIP (BASE_PATH/face_encoder)")
+    consis_id.add_argument("--face_detector", help="whose points align the face: retinaface (as trained), scrfd")
+    consis_id.add_argument("--face_select", help="one: one face for all networks; upstream: the authors' two rules")
+
+
 def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
     """The face score as a gate; `pipelines.scoring`."""
     score = parser.add_argument_group("likeness")

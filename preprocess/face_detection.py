@@ -135,6 +135,13 @@ class InsightFaceDetector:
             Face(tuple(float(v) for v in face.bbox), float(face.det_score), face.kps, face.embedding) for face in found
         ]
 
+    def embed(self, image, keypoints):
+        """ArcFace's embedding (512,) of a face that another detector found, from its five points (5, 2)."""
+        from insightface.app.common import Face as InsightFace
+
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        return self.analysis.models["recognition"].get(bgr, InsightFace(kps=np.asarray(keypoints, np.float32)))
+
 
 class CascadeDetector:
     """OpenCV's Haar cascades for frontal faces: need no download, and miss many faces."""

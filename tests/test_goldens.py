@@ -8,6 +8,7 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    consis_id,
     control,
     dit,
     encoders,
@@ -26,6 +27,7 @@ from tests.golden_checks import (
 CHECKS = {
     kind: check
     for module in (
+        consis_id,
         control,
         dit,
         encoders,
@@ -45,17 +47,6 @@ CHECKS = {
 # Kinds whose feature is not in the toolkit yet. They are reported as skipped by name, never as passed.
 NOT_BUILT_YET = {
     "training": ("standin_train_step",),
-    "ConsisID": (
-        "cid_eva_clip_vision",
-        "cid_face_preprocess",
-        "cid_local_facial_extractor",
-        "cid_perceiver_cross_attention",
-        "cid_pipeline",
-        "cid_pipeline_v15",
-        "cid_transformer",
-        "cid_transformer_v15",
-        "face_retinaface",
-    ),
     "talking avatar": (
         "stableavatar_audio_features",
         "stableavatar_audio_split",
