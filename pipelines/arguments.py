@@ -108,6 +108,21 @@ def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_to_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """A picture to start from; `pipelines.image_to_video_settings` has the defaults and rules."""
+    start = parser.add_argument_group("image-to-video")
+    start.add_argument("--image", metavar="FILE", help="the first frame; the video keeps its shape")
+    start.add_argument("--last_image", metavar="FILE", help="the last frame, of models from one picture to another")
+    add_first_frame_arguments(start)
+
+
+def add_first_frame_arguments(group) -> None:
+    """A first frame made from a photo; for an argument group (or the parser)."""
+    group.add_argument("--first_frame", metavar="METHOD", help="instantid: make the first frame from --ip_image")
+    group.add_argument("--first_frame_prompt", metavar="TEXT", help="its scene, where it is not the video's prompt")
+    group.add_argument("--first_frame_seed", type=int, help="(0)")
+
+
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """What only --method instantid has."""
     picture = parser.add_argument_group("InstantID pictures")

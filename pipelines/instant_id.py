@@ -68,6 +68,13 @@ class FaceGuide:
     def region(self) -> numpy.ndarray:
         return box_mask(self.box, *self.size)
 
+    def as_dict(self) -> dict:
+        return {
+            "embedding_sha256": hashlib.sha256(self.embedding.tobytes()).hexdigest(),
+            "keypoints": numpy.round(numpy.asarray(self.keypoints, numpy.float64), 2).tolist(),
+            "box": [round(value, 2) for value in self.box],
+        }
+
 
 def guide_face(settings: InstantIdSettings, recogniser) -> FaceGuide:
     """Whose face, and where: in the photo's own place, in the pose picture's, or framed as the settings say.
@@ -201,6 +208,17 @@ def sdxl_files(path: Path) -> list[Path]:
     return [file for file in sorted(path.glob("*/*.safetensors")) if (".fp16." in file.name) == half]
 
 
+def weights_of(settings: InstantIdSettings, config: dict) -> dict[str, str]:
+    """What identifies the weights, for the metadata."""
+    files = [
+        *sdxl_files(sdxl_path(settings, config)),
+        *(controlnet_weights(folder) for folder in (identity_net_path(settings, config), *settings.controlnet)),
+        face_adapter_path(settings, config),
+        *([lcm_path(settings)] if settings.lcm else []),
+    ]
+    return {str(file): fingerprint(file) for file in files}
+
+
 def use_lcm(pipeline: DiffusionPipeline, path: Path) -> None:
     """Merge a distilled LoRA into the base and sample as it was trained.
 
@@ -242,13 +260,7 @@ class PictureMaker:
             for picture in settings.control_image
         ]
         self.pipeline = load_instant_id(settings, config, self.device)
-        files = [
-            *sdxl_files(sdxl_path(settings, config)),
-            *(controlnet_weights(folder) for folder in (identity_net_path(settings, config), *settings.controlnet)),
-            face_adapter_path(settings, config),
-            *([lcm_path(settings)] if settings.lcm else []),
-        ]
-        self.weights = {str(file): fingerprint(file) for file in files}
+        self.weights = weights_of(settings, config)
 
     def make(self, job: Job) -> Path:
         """Sample the picture and write it, whole or not at all."""
@@ -296,11 +308,7 @@ class PictureMaker:
             "made_by": "Selfsame",
             "settings": settings,
             "weights": self.weights,
-            "face": {
-                "embedding_sha256": hashlib.sha256(self.guide.embedding.tobytes()).hexdigest(),
-                "keypoints": numpy.round(self.guide.keypoints, 2).tolist(),
-                "box": [round(value, 2) for value in self.guide.box],
-            },
+            "face": self.guide.as_dict(),
             "size": {"height": self.guide.size[0], "width": self.guide.size[1]},
             "scheduler": type(self.pipeline.scheduler).__name__,
             "device": self.device.type,

@@ -51,7 +51,7 @@ def estimate_device_bytes(settings: Settings, config: WanConfig, bytes_per_value
     # One block: the float32 stream with two temporaries; q, k, v, attention's output; the wide feed-forward layer.
     call = tokens * (12 * config.dim + bytes_per_value * (4 * config.dim + config.ffn_dim))
     kept_keys = 2 * config.num_layers * config.dim * bytes_per_value  # per token of text or reference
-    call += kept_keys * (2 * config.text_len + 1024 * len(settings.ip_image))
+    call += kept_keys * (2 * config.text_len + 1024 * len(settings.stand_in_photos))
     # The VAE decoder's past frames (specs: 2 · cells · 75,700 values) and a chunk of 4 frames at full size, float32.
     shown_cells = min(cells, 30 * 52) if settings.tiled else cells
     decode = 4 * (2 * shown_cells * 75_700 + 4 * shown_cells * spatial**2 * 96 * 4)

@@ -114,6 +114,11 @@ class Settings:
     ulysses_degree: int = 1
     ring_degree: int = 1
 
+    @property
+    def stand_in_photos(self) -> tuple[str, ...]:
+        """The photos that Stand-In is given."""
+        return self.ip_image
+
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -300,10 +305,10 @@ def check_settings(settings: Settings, config: dict) -> Settings:
         raise UsageError(
             f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"
         )
-    if settings.ip_image and not has_identity(config):
+    if settings.stand_in_photos and not has_identity(config):
         raise UsageError(
             f"--ip_image: config {config['name']} has no identity weights; Stand-In was released for the 14B models: "
-            "use --wan_version 2.1 or 2.2, or leave --ip_image out"
+            "use --wan_version 2.1 or 2.2, leave --ip_image out, or make a first frame of it (--first_frame instantid)"
         )
     check_pictures(ip_image=settings.ip_image)
     if len(settings.guidance_scale) > (2 if config.get("experts") else 1):
@@ -349,7 +354,7 @@ def check_split(settings: Settings, shape: WanConfig) -> None:
     degrees = f"--ulysses_degree {settings.ulysses_degree} x --ring_degree {settings.ring_degree}"
     if tokens % processes:
         raise UsageError(f"{degrees}: the video's {tokens} tokens do not divide by {processes}; change size or frames")
-    if settings.ip_image and REFERENCE_TOKENS * len(settings.ip_image) % processes:
+    if REFERENCE_TOKENS * len(settings.stand_in_photos) % processes:
         raise UsageError(
             f"{degrees}: the photo's {REFERENCE_TOKENS} tokens do not divide by {processes}; use 2, 4 or 8"
         )
