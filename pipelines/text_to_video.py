@@ -60,9 +60,9 @@ def prepare_faces(settings: Settings, output: Path | None = None) -> list[numpy.
     """
     faces = []
     detector = parser = None
-    if settings.ip_image and not settings.no_face_crop:
+    if settings.stand_in_photos and not settings.no_face_crop:
         detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
-    for number, photo in enumerate(settings.ip_image):
+    for number, photo in enumerate(settings.stand_in_photos):
         face = read_face(settings, photo, detector, parser).rgb
         if output is not None:
             write_png(output.with_suffix(f".face{number}.png"), face, overwrite=True)
@@ -81,6 +81,7 @@ class VideoMaker:
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
     audio_start: float = 0.0  # seconds into it at which the video begins
+    image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
@@ -158,6 +159,7 @@ class VideoMaker:
                         noise,
                         self.schedule,
                         self.experts(job),
+                        **self.conditions(),
                         after_step=self.after_step,
                         on_step=on_step,
                         resume=resume,
@@ -221,6 +223,10 @@ class VideoMaker:
         size = (config.out_dim, self.settings.num_frames, self.settings.height, self.settings.width)
         return initial_noise(size, job.seed, config.vae_spatial_factor).to(self.wan.device)
 
+    def conditions(self) -> dict:
+        """What `denoise` is given of pictures (`condition`, `pinned`): nothing here."""
+        return {}
+
     def after_step(self, step: int, sample: Tensor) -> Tensor:
         """What is done to the sample after each step: nothing here; a background is put back where one is kept."""
         return sample
@@ -257,7 +263,11 @@ class VideoMaker:
                 current[index] = Expert(
                     transformer,
                     {
-                        branch: Prompt([self.text[prompt].to(self.wan.device)], keep_keys_values=self.keeps_keys)
+                        branch: Prompt(
+                            [self.text[prompt].to(self.wan.device)],
+                            self.image_features,
+                            keep_keys_values=self.keeps_keys,
+                        )
                         for branch, prompt in ((POSITIVE, job.prompt), (NEGATIVE, self.settings.negative_prompt))
                     },
                     two_branch(scales[min(index, len(scales) - 1)]),
@@ -312,7 +322,9 @@ class VideoMaker:
             "made_by": "Selfsame",
             "settings": settings,
             "weights": self.wan.fingerprints(),
-            "faces": dict(zip(self.settings.ip_image, self.face_hashes, strict=True)),  # sha256 of the prepared pixels
+            "faces": dict(
+                zip(self.settings.stand_in_photos, self.face_hashes, strict=True)
+            ),  # sha256 of the prepared pixels
             "untrained": self.wan.is_tiny,
             "sigmas": [round(sigma, 6) for sigma in self.schedule.sigmas.tolist()],
             "device": self.wan.device.type,
