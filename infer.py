@@ -19,7 +19,8 @@ By other methods than Stand-In:
     python infer.py --method instantid --ip_image me.jpg --prompt "portrait of a woman in the rain" --output rain.png
     python infer.py --method consisid --ip_image me.jpg --prompt "…"   ConsisID; --config consisid-1.5 for 1.5
 
-Weights: python download_models.py --wan_version 2.1 (or --method NAME). A run that was stopped goes on when the command is repeated.
+Weights: python download_models.py --wan_version 2.1, or --method NAME. A run that was stopped goes on when the command
+is repeated.
 """
 
 import argparse
