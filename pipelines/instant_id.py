@@ -151,8 +151,9 @@ def load_instant_id(settings: InstantIdSettings, config: dict, device: torch.dev
         WeightsError: files that are missing, damaged or of another model.
     """
     # transformers would note that it runs without torchvision, which nothing here needs.
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     dtype = DTYPES.get(settings.dtype, torch.float32 if device.type == "cpu" else torch.float16)
     hint = download_command(config)
     nets = [load_controlnet(identity_net_path(settings, config), dtype=dtype, hint=hint)]
@@ -177,7 +178,7 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
     """
     from diffusers import StableDiffusionXLControlNetPipeline  # not before the notes above are switched off
 
-    options = {"controlnet": controlnet, "torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
+    options = {"controlnet": controlnet, "dtype": dtype, "local_files_only": True, "add_watermarker": False}
     try:
         if path.is_file():
             layout = Path("checkpoints") / load_config("sdxl-layout")["dest"]
