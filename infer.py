@@ -72,7 +72,7 @@ def stand_in(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     jobs = processes.own(jobs)
-    scorer = load_scorer(settings, settings.ip_image)
+    scorer = load_scorer(settings, settings.score_photos)
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output if jobs else None)
     wan = Wan(settings, config, processes)
     wan.check()

@@ -123,6 +123,11 @@ class ImageToVideoSettings(FirstFrameSettings):
     image: str | None = None
     last_image: str | None = None
 
+    @property
+    def score_photos(self) -> tuple[str, ...]:
+        """Whom the video is compared with: the photo's people, or who is in the picture it starts from."""
+        return self.ip_image or ((self.image,) if self.image else ())
+
     def as_dict(self) -> dict:
         """Without what `Settings` does not have, where it is at its default: a plain run's JSON fits all scripts."""
         shared = {field.name for field in dataclasses.fields(Settings)}
@@ -143,6 +148,8 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
             args.config, args.wan_version = PICTURE_CONFIGS[version], None
     settings, config = resolve_settings(args, ImageToVideoSettings)
     check_first_frame(settings)
+    if settings.min_face_score is not None and not settings.score_photos:
+        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     pictures = {name: getattr(settings, name) for name in ("image", "last_image")}
     check_pictures(**{name: (path,) for name, path in pictures.items() if path is not None})
     family, name = family_of(config), config["name"]
