@@ -8,6 +8,8 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    audio,
+    audio_adapter,
     consis_id,
     control,
     dit,
@@ -27,6 +29,8 @@ from tests.golden_checks import (
 CHECKS = {
     kind: check
     for module in (
+        audio,
+        audio_adapter,
         consis_id,
         control,
         dit,
@@ -48,18 +52,12 @@ CHECKS = {
 NOT_BUILT_YET = {
     "training": ("standin_train_step",),
     "talking avatar": (
-        "stableavatar_audio_features",
-        "stableavatar_audio_split",
         "stableavatar_color_match",
         "stableavatar_dataset_sample",
-        "stableavatar_dit_forward",
         "stableavatar_fuse",
-        "stableavatar_lip_mask",
-        "stableavatar_lora",
         "stableavatar_pipeline",
         "stableavatar_schedule",
         "stableavatar_train_step",
-        "stableavatar_vocal_projector",
         "stableavatar_windows",
     ),
     "long video": (
