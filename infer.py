@@ -124,7 +124,7 @@ def consis_id(args: argparse.Namespace) -> None:
 
     face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
-    scorer = load_scorer(settings, settings.ip_image)
+    scorer = load_scorer(model.scoring_settings, settings.ip_image)
     maker = ConsisIDMaker(model, face, text)
     for job in jobs:
         print(make_scored(maker, job, scorer, settings, processes))

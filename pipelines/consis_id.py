@@ -9,6 +9,7 @@ The denoising loop is diffusers', which keeps no state between steps that could 
 its unfinished video again.
 """
 
+import dataclasses
 import gc
 import hashlib
 import importlib.metadata
@@ -39,7 +40,7 @@ from models.identity.consis_id import (
     split_config,
 )
 from models.wan.checkpoint import assign_tensors, fingerprint, read_tensors
-from pipelines.consis_id_face import FaceCondition, face_networks, prepare_face
+from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_networks, prepare_face
 from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
@@ -134,6 +135,12 @@ class ConsisID:
         call = 2 * frames * pixels // 256 * 12 * dim * size
         decode = DECODE_BYTES * size // 2 * (pixels // 4 if self.settings.tiled else pixels)
         return max(weights + call, decode + (weights if memory == "resident" else 0)) if dim >= 1024 else 0
+
+    @property
+    def scoring_settings(self) -> ConsisIDSettings:
+        """The settings, with the face models that this release may have brought."""
+        folder = face_networks(self.settings, self.base_path, self.hint)
+        return dataclasses.replace(self.settings, antelopv2_path=antelopv2_path(self.settings, folder))
 
     # -------------------------------------------------------------------------------------------------------- parts
 

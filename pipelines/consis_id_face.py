@@ -65,8 +65,7 @@ def prepare_face(settings: ConsisIDSettings, base_path: Path, device: torch.devi
     photo = settings.ip_image[0]
     image = limit_size(read_image(photo, "--ip_image"))  # (H, W, 3) uint8
     folder = face_networks(settings, base_path, hint)
-    antelope = settings.antelopv2_path or (folder if recogniser_is_there(folder) else None)
-    recogniser = load_recogniser(antelope, "--method consisid")
+    recogniser = load_recogniser(antelopv2_path(settings, folder), "--method consisid")
     retinaface = None
     if settings.face_detector == "retinaface":
         retinaface = load_retinaface(folder / RETINAFACE_FILE, device, hint)
@@ -94,6 +93,11 @@ def face_networks(settings: ConsisIDSettings, base_path: Path, hint: str) -> Pat
         if not (folder / name).is_file():
             raise WeightsError(f"{folder / name}: no such file; {hint}, or name its folder with --face_encoder_path")
     return folder
+
+
+def antelopv2_path(settings: ConsisIDSettings, folder: Path) -> str | Path | None:
+    """Where antelopev2 is: a whole release brings it among its face networks. None: in the usual place."""
+    return settings.antelopv2_path or (folder if recogniser_is_there(folder) else None)
 
 
 def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> ChosenFace:

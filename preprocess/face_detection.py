@@ -26,11 +26,8 @@ class Face:
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: hairline to chin
     score: float  # 0..1
     keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
-<<<<<<< HEAD
     embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
-=======
     landmarks: np.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
->>>>>>> main
 
 
 def load_detector(path=None, *, landmarks=False):
@@ -58,7 +55,7 @@ def load_detector(path=None, *, landmarks=False):
             "For the real one: python download_models.py --only antelopev2", DETECTOR_PATH,
         )  # fmt: skip
         return CascadeDetector()
-    return InsightFaceDetector(folder, landmarks)
+    return InsightFaceDetector(folder, landmarks=landmarks)
 
 
 def load_recogniser(path=None, needed_by="this"):
@@ -94,15 +91,9 @@ def _onnx_folder(root):
 
 
 class InsightFaceDetector:
-<<<<<<< HEAD
-    """SCRFD-10G of antelopev2, through insightface; with `embeddings` its ArcFace-R100 too."""
+    """SCRFD-10G of antelopev2, through insightface; its ArcFace-R100 or landmarks (1k3d68) where they are asked for."""
 
-    def __init__(self, folder, embeddings=False):
-=======
-    """SCRFD-10G of antelopev2, and its landmarks (1k3d68) where they are asked for, through insightface."""
-
-    def __init__(self, folder, landmarks=False):
->>>>>>> main
+    def __init__(self, folder, embeddings=False, landmarks=False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -122,11 +113,7 @@ class InsightFaceDetector:
                 logger.info(
                     "onnxruntime has no CUDA: faces are detected on the CPU (requirements.txt says how to change it)"
                 )
-<<<<<<< HEAD
-        modules = ["detection", "recognition"] if embeddings else ["detection"]
-=======
-        modules = ["detection", "landmark_3d_68"] if landmarks else ["detection"]
->>>>>>> main
+        modules = ["detection", *["recognition"] * embeddings, *["landmark_3d_68"] * landmarks]
         try:
             self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=modules)
         except AssertionError as error:  # its way of saying that no file is a detector
@@ -139,7 +126,6 @@ class InsightFaceDetector:
                 f"the face detector in {str(folder)!r} cannot be loaded ({str(error).strip()[:160]}); "
                 "fetch it again with `python download_models.py --only antelopev2`"
             ) from error
-<<<<<<< HEAD
         if embeddings and "recognition" not in self.analysis.models:
             raise WeightsError(
                 f"no face recogniser (glintr100.onnx) among the .onnx files in {str(folder)!r}; "
@@ -147,21 +133,25 @@ class InsightFaceDetector:
             )
         # Its own use of a scikit-image function that will be gone one day is nothing a user can mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module="insightface")
-=======
         if landmarks and "landmark_3d_68" not in self.analysis.models:
             raise WeightsError(
                 f"no landmark model (1k3d68.onnx) among the .onnx files in {str(folder)!r}; "
                 "fetch them again with `python download_models.py --only antelopev2`"
             )
->>>>>>> main
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
     def __call__(self, image):
         found = self.analysis.get(np.ascontiguousarray(image[..., ::-1]))  # it wants BGR
         return [
-<<<<<<< HEAD
-            Face(tuple(float(v) for v in face.bbox), float(face.det_score), face.kps, face.embedding) for face in found
+            Face(
+                tuple(float(v) for v in face.bbox),
+                float(face.det_score),
+                face.kps,
+                face.embedding,
+                None if face.landmark_3d_68 is None else face.landmark_3d_68[:, :2],
+            )
+            for face in found
         ]
 
     def embed(self, image, keypoints):
@@ -170,16 +160,6 @@ class InsightFaceDetector:
 
         bgr = np.ascontiguousarray(image[..., ::-1])
         return self.analysis.models["recognition"].get(bgr, InsightFace(kps=np.asarray(keypoints, np.float32)))
-=======
-            Face(
-                tuple(float(v) for v in face.bbox),
-                float(face.det_score),
-                face.kps,
-                None if face.landmark_3d_68 is None else face.landmark_3d_68[:, :2],
-            )
-            for face in found
-        ]
->>>>>>> main
 
 
 class CascadeDetector:

@@ -146,6 +146,15 @@ def test_prompts_and_seeds_are_each_as_alone(releases, tmp_path):
     assert (read_frames(tmp_path / "out-000-seed1.mp4") != alone).any()
 
 
+def test_face_score_is_a_gate_here_too(releases, tmp_path, caplog):
+    make(releases, tmp_path / "out.mp4", "--min_face_score", 1, "--max_retries", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.face0.png", "out.json", "out.mp4"]
+    record = read_metadata(tmp_path / "out.mp4")
+    assert record["settings"]["seed"] in ([0], [1])
+    assert -1 <= record["face_score"]["cosine"] < 1
+    assert "none of 2 seeds reached --min_face_score 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     "flags",
     [
