@@ -33,8 +33,10 @@ PICTURE_CONFIGS = {None: "tiny-i2v", "2.1": "wan2.1-i2v-14B-480P", "2.2": "wan2.
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstFrameSettings(Settings, LikenessSettings):
-    """A picture to start from, made from the photo by InstantID. Its fields have InstantID's names and meanings."""
+class FirstFrameSettings(LikenessSettings):
+    """A picture to start from, made from the photo by InstantID. To be put before a script's own `Settings` among the
+    bases. Its fields have InstantID's names and meanings.
+    """
 
     first_frame: str | None = None
     first_frame_prompt: str | None = None  # the scene; None: the video's prompt
@@ -113,7 +115,7 @@ def picture_size(height: int, width: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageToVideoSettings(FirstFrameSettings):
+class ImageToVideoSettings(FirstFrameSettings, Settings):
     """infer.py's: text-to-video, or with a first (and last) picture. The video keeps the picture's shape; height and
     width say how many pixels it has.
     """
