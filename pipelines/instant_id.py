@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -189,10 +190,10 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
         if is_half_precision(path):
             options["variant"] = "fp16"
         return StableDiffusionXLControlNetPipeline.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SingleFileComponentError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = download_command(base) if base else "give another --sdxl_path"
-        raise WeightsError(f"{path}: not a whole SDXL model in Diffusers layout ({reason}); {hint}") from error
+        raise WeightsError(f"{path}: not a whole SDXL model ({reason}); {hint}") from error
 
 
 def is_half_precision(folder: Path) -> bool:

@@ -3,7 +3,9 @@
 import gc
 import json
 import math
+import shutil
 import weakref
+from pathlib import Path
 
 import numpy
 import pytest
@@ -24,7 +26,7 @@ from models.identity.instant_id import (
     region_tokens,
 )
 from models.prompt_weighting import weighted_embeddings
-from pipelines import instant_id
+from pipelines import image_to_video_settings, instant_id
 from pipelines.conditions import cover_resize
 from pipelines.instant_id_settings import resolve_instant_id
 from pipelines.picture_file import read_picture_metadata
@@ -33,7 +35,7 @@ from preprocess.face_detection import Face, load_recogniser
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
 from tests.tiny_face import write_antelopev2
-from tests.tiny_instant_id import adapter_tensors, write_controlnet, write_instant_id, write_sdxl
+from tests.tiny_instant_id import adapter_tensors, write_controlnet, write_instant_id, write_sdxl, write_single_file
 
 PORTRAIT = "assets/face.png"
 KEYPOINTS = numpy.array([[100.0, 90], [160, 90], [130, 120], [105, 150], [155, 150]])
@@ -59,9 +61,10 @@ def flags(weights, *more) -> list[str]:
 SMALL = ("--height", 256, "--width", 256, "--num_inference_steps", 2, "--ip_image", PORTRAIT, "--prompt", "a woman")
 
 
-def make(weights, output, *more) -> numpy.ndarray:
+def make(weights, output, *more, photo=PORTRAIT) -> numpy.ndarray:
     """Run in this process; the picture of the file."""
-    arguments = flags(weights, "--method", "instantid", *SMALL, "--output", output, *more)
+    small = [photo if word == PORTRAIT else word for word in SMALL]
+    arguments = flags(weights, "--method", "instantid", *small, "--output", output, *more)
     infer.main(infer.parse_args(arguments))
     return read_image(output)
 
@@ -367,7 +370,7 @@ def test_lcm(weights, tmp_path, reference):
         (["--max_retries", "2"], 2, ["--min_face_score"]),
         (["--min_face_score", "2"], 2, ["--min_face_score 2"]),
         (["--sdxl_path", "nowhere"], 4, ["nowhere", "--only sdxl-base-1.0"]),
-        (["--sdxl_path", "assets"], 4, ["assets", "Diffusers layout"]),
+        (["--sdxl_path", "assets"], 4, ["assets", "not a whole SDXL model"]),
         (["--sdxl_path", PORTRAIT], 4, ["--only sdxl-layout"]),
         (["--instantid_path", "assets"], 4, ["ControlNetModel", "--only instantid"]),
         (["--antelopv2_path", "assets"], 4, ["--method instantid", "--only antelopev2"]),
@@ -386,6 +389,22 @@ def test_bad_input_is_one_clear_line(weights, tmp_path, more, exit_code, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_base_in_one_file(weights, tmp_path, reference, monkeypatch):
+    """A file with Stability's names, and beside it only the configurations and tokenizers of SDXL."""
+    write_single_file(weights / "sdxl", tmp_path / "model.safetensors")
+    photo = Path(PORTRAIT).resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="--only sdxl-layout"):
+        make(weights, tmp_path / "out.png", "--sdxl_path", "model.safetensors", photo=photo)
+    layout = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(weights / "sdxl", tmp_path / "checkpoints" / "stable-diffusion-xl-base-1.0", ignore=layout)
+    picture = make(weights, tmp_path / "out.png", "--sdxl_path", "model.safetensors", photo=photo)
+    assert (picture == reference).all()
+    save_file({"weight": torch.zeros(1)}, "model.safetensors")
+    with pytest.raises(WeightsError, match="model.safetensors: not a whole SDXL model"):
+        make(weights, tmp_path / "b.png", "--sdxl_path", "model.safetensors", photo=photo)
+
+
 def test_a_base_of_another_shape_is_refused(weights, tmp_path, monkeypatch):
     """As SD 1.5 would be: the face attentions do not fit."""
     small = {part: dict(tensors) for part, tensors in adapter_tensors().items()}
@@ -402,9 +421,14 @@ VIDEO = ("--num_frames", 5, "--num_inference_steps", 2, "--prompt", "a woman", "
 
 @pytest.fixture
 def small_pictures(monkeypatch):
-    """First frames of a megapixel take a minute here; these are as large as they must be."""
-    from pipelines import image_to_video_settings
+    """First frames of a megapixel in 30 steps take minutes here; these are as small as they may be."""
+    load = image_to_video_settings.load_config
 
+    def few_steps(name):
+        config = load(name)
+        return config | {"defaults": config["defaults"] | {"num_inference_steps": 4}}
+
+    monkeypatch.setattr(image_to_video_settings, "load_config", few_steps)
     monkeypatch.setattr(image_to_video_settings, "picture_size", lambda height, width: (256, 256))
 
 
@@ -442,7 +466,7 @@ def test_photo_to_first_frame_to_video(weights, tmp_path, small_pictures, monkey
     frame = read_image(tmp_path / names[2])
     assert frame.shape == (64, 96, 3)
     record = read_picture_metadata(tmp_path / names[2])
-    assert record["settings"]["num_inference_steps"] == 30  # InstantID's, not the video's
+    assert record["settings"]["num_inference_steps"] == 4  # InstantID's, not the video's
     assert "face_score" in record
     saved = load_file(tmp_path / names[3])
     assert saved["embedding"].shape == (512,)
@@ -450,7 +474,7 @@ def test_photo_to_first_frame_to_video(weights, tmp_path, small_pictures, monkey
 
     # It is InstantID's own picture, cut to the video.
     words = ["rain" if word == "a woman" else word for word in SMALL]
-    words += ["--seed", 3, "--num_inference_steps", 30, "--output", tmp_path / "picture.png"]
+    words += ["--seed", 3, "--num_inference_steps", 4, "--output", tmp_path / "picture.png"]
     infer.main(infer.parse_args(flags(weights, "--method", "instantid", *words)))
     assert (frame == cover_resize(read_image(tmp_path / "picture.png"), 96, 64)).all()
 
