@@ -9,8 +9,10 @@ Works for whatever makes a job's file and can say beforehand what metadata it wi
 """
 
 import contextlib
+import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.settings import LikenessSettings
-from pipelines.video_file import add_metadata, read_frames, read_metadata, sidecar_path, to_json
+from pipelines.video_file import add_metadata, probe, read_metadata, sidecar_path, stream_frames, to_json
 from preprocess.face_detection import load_recogniser, recogniser_is_there
 from preprocess.face_score import FaceScorer
 from preprocess.image import read_image
@@ -150,10 +152,9 @@ def record_of(path: Path) -> dict:
 
 def sample_pictures(path: str | Path) -> Iterator[numpy.ndarray]:
     """The picture, or some frames of the video at equal distances, (H, W, 3) uint8 each."""
-    if Path(path).suffix.lower() == ".mp4":
-        yield from read_frames(path, at_most=SAMPLED_FRAMES)
-        return
-    try:
-        yield read_image(path, "file")
-    except InputError:
-        yield from read_frames(path, at_most=SAMPLED_FRAMES)
+    if Path(path).suffix.lower() != ".mp4":
+        with contextlib.suppress(InputError):
+            yield read_image(path, "file")
+            return
+    every = math.ceil(probe(path).num_frames / SAMPLED_FRAMES)
+    yield from itertools.islice(stream_frames(path), 0, None, every)
