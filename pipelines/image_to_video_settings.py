@@ -57,9 +57,10 @@ class FirstFrameSettings(LikenessSettings):
 
 
 def check_first_frame(settings: FirstFrameSettings) -> None:
-    """
+    """Whether the first frame that is asked for can be made.
+
     Raises:
-        UsageError: a first frame without a photo, of several scenes, or flags that only a first frame uses.
+        UsageError: a first frame without a photo, or flags that only a first frame uses.
         InputError: a photo that is not there.
     """
     check_likeness(settings)
@@ -70,8 +71,6 @@ def check_first_frame(settings: FirstFrameSettings) -> None:
         return
     if settings.first_frame not in FIRST_FRAMES:
         raise UsageError(f"--first_frame {settings.first_frame}: accepted is {', '.join(FIRST_FRAMES)}")
-    if len(settings.prompt) > 1 and settings.first_frame_prompt is None:
-        raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
     picture_settings(settings)
 
 
@@ -93,7 +92,6 @@ def picture_settings(settings: FirstFrameSettings) -> InstantIdSettings:
         "config": settings.first_frame,
         "height": height,
         "width": width,
-        "memory": settings.memory,
         "output": None,
         "overwrite": True,
     }
@@ -150,6 +148,8 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
             args.config, args.wan_version = PICTURE_CONFIGS[version], None
     settings, config = resolve_settings(args, ImageToVideoSettings)
     check_first_frame(settings)
+    if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
+        raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
     if settings.min_face_score is not None and not settings.score_photos:
         raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     pictures = {name: getattr(settings, name) for name in ("image", "last_image")}

@@ -288,9 +288,10 @@ def check_values(settings: object, bounds: Mapping[str, tuple], choices: Mapping
 
 
 def check_likeness(settings: LikenessSettings) -> None:
-    """
+    """Whether there is a score for the retries to reach.
+
     Raises:
-        UsageError: retries without a score to reach.
+        UsageError: there is none.
     """
     if settings.min_face_score is None and settings.max_retries != LikenessSettings.max_retries:
         raise UsageError(f"--max_retries {settings.max_retries}: give --min_face_score, the score to reach, too")
