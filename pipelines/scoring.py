@@ -152,9 +152,15 @@ def record_of(path: Path) -> dict:
 
 def sample_pictures(path: str | Path) -> Iterator[numpy.ndarray]:
     """The picture, or some frames of the video at equal distances, (H, W, 3) uint8 each."""
-    if Path(path).suffix.lower() != ".mp4":
-        with contextlib.suppress(InputError):
-            yield read_image(path, "file")
-            return
+    if Path(path).suffix.lower() == ".mp4":
+        yield from sample_frames(path)
+        return
+    try:
+        yield read_image(path, "file")
+    except InputError:
+        yield from sample_frames(path)
+
+
+def sample_frames(path: str | Path) -> Iterator[numpy.ndarray]:
     every = math.ceil(probe(path).num_frames / SAMPLED_FRAMES)
-    yield from itertools.islice(stream_frames(path), 0, None, every)
+    return itertools.islice(stream_frames(path), 0, None, every)

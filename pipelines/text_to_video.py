@@ -80,8 +80,8 @@ class VideoMaker:
     """
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
-    image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
     audio_start: float = 0.0  # seconds into it at which the video begins
+    image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings

@@ -26,8 +26,8 @@ class Face:
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: hairline to chin
     score: float  # 0..1
     keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
-    embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
     landmarks: np.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
+    embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
 
 
 def load_detector(path=None, *, landmarks=False):
@@ -55,7 +55,7 @@ def load_detector(path=None, *, landmarks=False):
             "For the real one: python download_models.py --only antelopev2", DETECTOR_PATH,
         )  # fmt: skip
         return CascadeDetector()
-    return InsightFaceDetector(folder, landmarks=landmarks)
+    return InsightFaceDetector(folder, landmarks)
 
 
 def load_recogniser(path=None, needed_by="this"):
@@ -91,9 +91,11 @@ def _onnx_folder(root):
 
 
 class InsightFaceDetector:
-    """SCRFD-10G of antelopev2, through insightface; its ArcFace-R100 or landmarks (1k3d68) where they are asked for."""
+    """SCRFD-10G of antelopev2 through insightface; where they are asked for with its landmarks (1k3d68) and embeddings
+    (ArcFace-R100).
+    """
 
-    def __init__(self, folder, embeddings=False, landmarks=False):
+    def __init__(self, folder, landmarks=False, embeddings=False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -113,7 +115,8 @@ class InsightFaceDetector:
                 logger.info(
                     "onnxruntime has no CUDA: faces are detected on the CPU (requirements.txt says how to change it)"
                 )
-        modules = ["detection", *["recognition"] * embeddings, *["landmark_3d_68"] * landmarks]
+        further = {"landmark_3d_68": landmarks, "recognition": embeddings}
+        modules = ["detection", *(name for name, wanted in further.items() if wanted)]
         try:
             self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=modules)
         except AssertionError as error:  # its way of saying that no file is a detector
@@ -126,18 +129,15 @@ class InsightFaceDetector:
                 f"the face detector in {str(folder)!r} cannot be loaded ({str(error).strip()[:160]}); "
                 "fetch it again with `python download_models.py --only antelopev2`"
             ) from error
-        if embeddings and "recognition" not in self.analysis.models:
-            raise WeightsError(
-                f"no face recogniser (glintr100.onnx) among the .onnx files in {str(folder)!r}; "
-                "fetch them again with `python download_models.py --only antelopev2`"
-            )
+        names = {"landmark_3d_68": "landmark model (1k3d68.onnx)", "recognition": "face recogniser (glintr100.onnx)"}
+        for module, name in names.items():
+            if further[module] and module not in self.analysis.models:
+                raise WeightsError(
+                    f"no {name} among the .onnx files in {str(folder)!r}; "
+                    "fetch them again with `python download_models.py --only antelopev2`"
+                )
         # Its own use of a scikit-image function that will be gone one day is nothing a user can mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module="insightface")
-        if landmarks and "landmark_3d_68" not in self.analysis.models:
-            raise WeightsError(
-                f"no landmark model (1k3d68.onnx) among the .onnx files in {str(folder)!r}; "
-                "fetch them again with `python download_models.py --only antelopev2`"
-            )
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
@@ -148,8 +148,8 @@ class InsightFaceDetector:
                 tuple(float(v) for v in face.bbox),
                 float(face.det_score),
                 face.kps,
-                face.embedding,
                 None if face.landmark_3d_68 is None else face.landmark_3d_68[:, :2],
+                face.embedding,
             )
             for face in found
         ]

@@ -32,7 +32,7 @@ def face(box, embedding=None):
     """With points that tell whose detection they are: a little apart for a detector that gives no embedding."""
     x1, y1, x2, y2 = box
     points = POINTS * (x2 - x1, y2 - y1) + (x1, y1) + (embedding is None)
-    return Face(tuple(map(float, box)), 0.99, points.astype(np.float32), embedding)
+    return Face(tuple(map(float, box)), 0.99, points.astype(np.float32), embedding=embedding)
 
 
 class Recogniser:

@@ -234,8 +234,8 @@ def test_largest_face_of_the_pose_picture_is_taken(weights, monkeypatch, tmp_pat
     args = infer.parse_args(flags(weights, "--method", "instantid", *SMALL, "--pose_image", PORTRAIT))
     settings, _ = resolve_instant_id(args)
     embedding = numpy.ones(512, numpy.float32)
-    large = Face((10.0, 10.0, 110.0, 130.0), 0.6, KEYPOINTS, embedding)
-    small = Face((150.0, 10.0, 190.0, 60.0), 0.9, KEYPOINTS + 50, -embedding)
+    large = Face((10.0, 10.0, 110.0, 130.0), 0.6, KEYPOINTS, embedding=embedding)
+    small = Face((150.0, 10.0, 190.0, 60.0), 0.9, KEYPOINTS + 50, embedding=-embedding)
     for faces in ([large, small], [small, large]):
         guide = instant_id.guide_face(settings, lambda picture, faces=faces: faces)
         assert guide.box == large.box

@@ -30,7 +30,7 @@ def vector(*values) -> numpy.ndarray:
 
 def recogniser_of(**faces):
     """Pictures are named by their first pixel; each shows the faces with these embeddings."""
-    shown = {ord(name): [Face(BOX, 0.9, None, vector(*v)) for v in vectors] for name, vectors in faces.items()}
+    shown = {ord(name): [Face(BOX, 0.9, embedding=vector(*v)) for v in vectors] for name, vectors in faces.items()}
     return lambda picture: shown[int(picture[0, 0, 0])]
 
 

@@ -61,7 +61,7 @@ class Networks:
         """antelopev2: the largest face is found by its box."""
         boxes, keypoints = (self.case.inputs[name].numpy() for name in ("bbox", "kps"))
         return [
-            Face(tuple(box), 1.0, points, self.case.inputs[f"embedding{i}"].numpy())
+            Face(tuple(box), 1.0, points, embedding=self.case.inputs[f"embedding{i}"].numpy())
             for i, (box, points) in enumerate(zip(boxes, keypoints, strict=True))
         ]
 
