@@ -43,6 +43,7 @@ class Expert:
     step_caches: one `TeaCache` a branch, or none.
     branch_plugins: further plug-ins of single branches (speech is heard in some and not in others).
     attended_length: pad the tokens to this length, and let them see the padding (`WanTransformer.forward`).
+    cache_name: of what the transformer's own step cache remembers, where it denoises several things by turns.
     """
 
     transformer: WanTransformer
@@ -52,6 +53,7 @@ class Expert:
     step_caches: Mapping[str, TeaCache] = field(default_factory=dict)
     branch_plugins: Mapping[str, Sequence[Plugin]] = field(default_factory=dict)
     attended_length: int | None = None
+    cache_name: str = ""
 
     def velocity(
         self, sample: Tensor, timestep: Tensor, step: int, num_steps: int, condition: Tensor | None = None
@@ -60,7 +62,7 @@ class Expert:
         plugins = [p for p in self.plugins if not isinstance(p, Identity) or p.active(step, num_steps)]
 
         def predict(branch: str) -> Tensor:
-            with self.transformer.cache_context(branch):
+            with self.transformer.cache_context(branch + self.cache_name):
                 return self.transformer(
                     sample,
                     timestep,

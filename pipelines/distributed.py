@@ -1,4 +1,4 @@
-"""Several processes: prompts split over them, or one video split over them by context parallelism.
+"""Several processes: prompts split over them, or one video split over them, by context parallelism or by windows.
 
 `torchrun` and `accelerate launch` set the same variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), on
 one machine or many.
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from errors import UsageError
 from models.wan.transformer import WanTransformer
@@ -33,28 +35,42 @@ class Processes:
     rank: int
     count: int
     device: torch.device
-    context_parallel: bool  # all processes make each video together
+    context_parallel: bool  # all processes make each forward pass together
+    by_windows: bool = False  # all processes make each video together, every one some of its windows
+
+    @property
+    def together(self) -> bool:
+        """Whether each video is split over the processes."""
+        return self.context_parallel or self.by_windows
 
     @property
     def writes(self) -> bool:
         """Whether this process writes files: all do with split prompts, one does with a split video."""
-        return self.rank == 0 or not self.context_parallel
+        return self.rank == 0 or not self.together
 
     def own(self, items: Sequence[Item]) -> list[Item]:
         """This process's share of the work."""
-        return list(items) if self.context_parallel else list(items[self.rank :: self.count])
+        return list(items) if self.together else list(items[self.rank :: self.count])
 
     def share(self, value: Item) -> Item:
         """The first process's value, for all processes of a split video (their disks may differ)."""
-        if not self.context_parallel:
+        if not self.together:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
+        """One process's tensor on all processes of a split video; the others' give shape and dtype."""
+        if not self.together:
+            return tensor
+        tensor = tensor.to(self.device, copy=True)
+        dist.broadcast(tensor, src=owner)
+        return tensor
+
     def wait(self) -> None:
         """Until all processes of a split video are here: one decodes and writes while the others wait."""
-        if self.context_parallel:
+        if self.together:
             dist.barrier()
 
     def close(self) -> None:
@@ -62,11 +78,12 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1) -> Processes:
+def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1, by_windows: bool = False) -> Processes:
     """Join the launcher's process group, if there is one.
 
     Args:
         device: "auto", or a torch device; with several GPUs each process takes the one of its local rank.
+        by_windows: without context parallelism, split the windows of each video over the processes, not the prompts.
 
     Raises:
         UsageError: a device this machine lacks, or degrees that do not multiply to the number of processes.
@@ -82,12 +99,13 @@ def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1) 
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
-    if degree > 1 and not dist.is_initialized():  # split prompts need no word between the processes
+    by_windows = by_windows and degree == 1 and count > 1
+    if (degree > 1 or by_windows) and not dist.is_initialized():  # split prompts need no word between the processes
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
         # A group's threads end with the last model that is split over it, and models are freed by gc. A thread that
         # outlives the interpreter and then drops a tensor aborts the process.
         atexit.register(gc.collect)
-    return Processes(rank, count, chosen, context_parallel=degree > 1)
+    return Processes(rank, count, chosen, context_parallel=degree > 1, by_windows=by_windows)
 
 
 def split_sequence(transformer: WanTransformer, ulysses_degree: int, ring_degree: int, device: torch.device) -> None:
@@ -115,6 +133,13 @@ def split_sequence(transformer: WanTransformer, ulysses_degree: int, ring_degree
             )
         kernel._parallel_config = parallel
     transformer._parallel_config = parallel
+
+
+def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
+    """Keep a part of each block's weights in every process; a block is put together for as long as it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    for block in transformer.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from errors import ResourceError
 from pipelines.denoise import Step
 
 logger = logging.getLogger("selfsame")
@@ -32,7 +33,11 @@ class JobState:
         self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def save(self, step: Step) -> None:
-        """Record that the steps up to and including this one are done."""
+        """Record that the steps up to and including this one are done.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         tensors = {"sample": step.sample}
         plain = {}
         for name, value in step.solver.items():
@@ -52,6 +57,8 @@ class JobState:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             part.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(f"{self.path}: cannot be saved ({error}); make room and repeat the command") from error
         finally:
             part.unlink(missing_ok=True)  # of a save that was interrupted
 

@@ -59,8 +59,13 @@ class LoraSettings(Settings):
         return list(zip(paths, scales * len(paths) if len(scales) == 1 else scales, strict=True))
 
 
-def resolve_lora_settings(args: Namespace, kind: type[LoraSettings] = LoraSettings) -> tuple[LoraSettings, dict]:
+def resolve_lora_settings(
+    args: Namespace, kind: type[LoraSettings] = LoraSettings, required: bool = True
+) -> tuple[LoraSettings, dict]:
     """`resolve_settings`, with the defaults that `--lora_config` brings.
+
+    Args:
+        required: there is no point in the script without a LoRA.
 
     Raises:
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
@@ -84,7 +89,11 @@ def resolve_lora_settings(args: Namespace, kind: type[LoraSettings] = LoraSettin
             if not Path(path).exists():
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
     if not any(settings.lora_files(2)):
-        raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+        if required:
+            raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+        for name in ("lora_mode", "lora_partial", "lora_start", "lora_end"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name}: there is no --lora_path it could be for")
     if settings.lora_mode not in MODES:
         raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
     _check_steps(settings)

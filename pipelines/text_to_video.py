@@ -106,7 +106,7 @@ class VideoMaker:
         """Denoise, decode into the file, and remove the saved progress. Another run of the same job waits outside."""
         started = time.monotonic()
         metadata = self.metadata(job)
-        state = JobState(job.output, metadata)
+        state = self.open_state(job, metadata)
         writes = self.wan.processes.writes
         writer = VideoWriter(
             job.output,
@@ -125,10 +125,14 @@ class VideoMaker:
                 writer.describe(metadata | {"ran_with": ran_with})
                 self.decode(latents, writer)
         self.wan.processes.wait()
+        state.remove()
         if writes:
-            state.remove()
             logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
+
+    def open_state(self, job: Job, metadata: dict) -> JobState:
+        """Where the progress of a video is kept."""
+        return JobState(job.output, metadata)
 
     def denoise(self, job: Job, state: JobState) -> Tensor:
         """Noise to clean latents, from where an interrupted run stopped; with less memory after running out of it."""
@@ -174,7 +178,7 @@ class VideoMaker:
             self._identities.clear()
         elif is_out_of_memory(error):
             mode = next_mode(wan.memory)
-            if mode is None or wan.processes.context_parallel:
+            if mode is None or wan.processes.together:
                 raise ResourceError(
                     f"out of memory while denoising with --memory {wan.memory}; try fewer frames or a smaller size"
                 ) from error
@@ -202,7 +206,7 @@ class VideoMaker:
             "tiling": Tiling() if self.settings.tiled else None,
             "cache_device": "cpu" if self.wan.memory == "sequential" else None,
         }
-        return vae.decode_stream(latents.to(self.wan.device), **options)
+        return vae.decode_stream(latents, **options)
 
     def preview(self, job: Job, step: Step) -> None:
         """The model's present guess of the middle frame, decoded alone, as NAME.preview.png."""
@@ -334,8 +338,8 @@ class VideoMaker:
 class ProgressBar:
     """One bar for the run: step, seconds, time left."""
 
-    def __init__(self, steps: int, label: str, shown: bool):
-        self.steps, self.label, self.shown = steps, label, shown
+    def __init__(self, steps: int, label: str, shown: bool, unit: str = "step"):
+        self.steps, self.label, self.shown, self.unit = steps, label, shown, unit
         self.done = 0
         self._bar: tqdm | None = None
 
@@ -347,15 +351,18 @@ class ProgressBar:
             total=self.steps,
             initial=self.done,
             desc=self.label,
-            unit="step",
+            unit=self.unit,
             disable=not self.shown,
             dynamic_ncols=True,
         )
         return self
 
-    def advance(self) -> None:
-        self.done += 1
-        self._bar.update()
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        self._bar.update(count)
+
+    def advance_to(self, done: int) -> None:
+        self.advance(done - self.done)
 
     def __exit__(self, *exception) -> None:
         self._bar.close()

@@ -19,6 +19,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from models.audio_adapter import AudioAdapter
 from models.audio_encoder import AudioEncoder
 from models.identity.stand_in import StandIn
 from models.vace import VaceBranch
@@ -34,12 +35,15 @@ logger = logging.getLogger("selfsame")
 PROJECT = Path(__file__).parent.parent
 
 
-def announce() -> None:
-    """Say what the tiny model is; and keep torch to one thread, as its layers are smaller than what threads cost."""
+def announce(real_one: tuple[str, str]) -> None:
+    """Say what the tiny model is and how to have a real one; and keep torch to one thread, as its layers are smaller
+    than what threads cost.
+    """
     torch.set_num_threads(1)
     logger.warning(
         "the tiny model is UNTRAINED: it shows that everything runs, its video is noise. For the real one: "
-        "python download_models.py --wan_version 2.1, then add --wan_version 2.1"
+        "python download_models.py %s, then add %s",
+        *real_one,
     )
 
 
@@ -104,6 +108,12 @@ def tiny_vace(config: dict) -> VaceBranch:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "eps", "patch_size")}
     return fill_from_seed(VaceBranch(**same, **config["vace"]), config["seed"] + 30)
+
+
+def tiny_audio_adapter(config: dict) -> AudioAdapter:
+    shape = WanConfig(**config["transformer"])
+    same = {name: getattr(shape, name) for name in ("dim", "num_layers", "eps")}
+    return fill_from_seed(AudioAdapter(**same, audio_dim=config["audio_encoder"]["hidden_size"]), config["seed"] + 40)
 
 
 def demonstration_control(num_frames: int, height: int, width: int) -> numpy.ndarray:

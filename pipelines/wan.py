@@ -41,6 +41,8 @@ class Wan:
         processes: from `start_processes`; its device is where the model runs.
     """
 
+    real_one = ("--wan_version 2.1", "--wan_version 2.1")  # how the tiny model's user downloads and runs a real one
+
     def __init__(self, settings: Settings, config: dict, processes: Processes):
         self.settings, self.config, self.processes = settings, config, processes
         self.device = processes.device
@@ -122,7 +124,7 @@ class Wan:
         needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
         check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
         if self.is_tiny:
-            tiny.announce()
+            tiny.announce(self.real_one)
 
     def check_files(self) -> None:
         """Say what is missing before anything is loaded.

@@ -10,6 +10,7 @@ from tests.golden_checks import (
     GoldenCase,
     audio,
     audio_adapter,
+    audio_avatar,
     consis_id,
     control,
     dit,
@@ -31,6 +32,7 @@ CHECKS = {
     for module in (
         audio,
         audio_adapter,
+        audio_avatar,
         consis_id,
         control,
         dit,
@@ -52,13 +54,8 @@ CHECKS = {
 NOT_BUILT_YET = {
     "training": ("standin_train_step",),
     "talking avatar": (
-        "stableavatar_color_match",
         "stableavatar_dataset_sample",
-        "stableavatar_fuse",
-        "stableavatar_pipeline",
-        "stableavatar_schedule",
         "stableavatar_train_step",
-        "stableavatar_windows",
     ),
     "long video": (
         "svi_chain_v2",

@@ -14,6 +14,7 @@ COEFFICIENTS = {
     "t2v-1.3B": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
     "t2v-14B": (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
 }
+COEFFICIENTS["fun-inp-1.3B"] = COEFFICIENTS["t2v-1.3B"]  # as VideoX-Fun and StableAvatar run it
 
 
 @dataclass
@@ -21,23 +22,38 @@ class TeaCache:
     """The cache of one guidance branch of one request.
 
     Args:
-        num_steps: of the run; the first and the last are always computed.
+        num_steps: of the run; the first ones and the last are always computed.
         threshold: accumulated change below which a step is skipped (0.08 to 0.2 is usual).
         coefficients: of the polynomial, highest power first.
+        first_steps: how many are always computed.
+        offload: keep the residual in RAM between the steps.
     """
 
     num_steps: int
     threshold: float
     coefficients: tuple[float, ...] = COEFFICIENTS["t2v-14B"]
-    residual: "Tensor | None" = None  # (B, L, D): what the block stack added at the last computed step
+    first_steps: int = 1
+    offload: bool = False
     skipped: list[bool] = field(default_factory=list)  # one entry a step
+    _residual: "Tensor | None" = None
+    _device: object = None
     _previous: "Tensor | None" = None
     _accumulated: float = 0.0
+
+    @property
+    def residual(self) -> "Tensor | None":
+        """(B, L, D): what the block stack added at the last computed step."""
+        return None if self._residual is None else self._residual.to(self._device)
+
+    @residual.setter
+    def residual(self, residual: "Tensor") -> None:
+        self._device = residual.device
+        self._residual = residual.to("cpu") if self.offload else residual
 
     def skips(self, modulation: "Tensor") -> bool:
         """Whether this step re-uses the residual. Call once a step, in order. modulation: (B, 1 or L, 6, D)."""
         step = len(self.skipped)
-        if self._previous is None or self.residual is None or step in (0, self.num_steps - 1):
+        if self._residual is None or step < self.first_steps or step == self.num_steps - 1:
             skip = False
         else:
             change = ((modulation - self._previous).abs().mean() / self._previous.abs().mean()).item()

@@ -1,0 +1,392 @@
+"""A talking video of any length from a photo and a sound (StableAvatar): the model, and the maker of videos by windows.
+
+Source: StableAvatar (arXiv 2508.08248), `wan_inference_long_pipeline.py`.
+"""
+
+import hashlib
+import itertools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy
+import psutil
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch import Tensor
+
+from configs import load_config, part_path
+from errors import ResourceError, UserError, WeightsError
+from models.audio_adapter import AudioAdapter, load_audio_avatar
+from models.audio_encoder import AudioEncoder, load_audio_encoder
+from models.wan.checkpoint import fingerprint
+from models.wan.schedulers import make_solver
+from models.wan.tea_cache import COEFFICIENTS, TeaCache
+from models.wan.transformer import Prompt, WanTransformer
+from pipelines import tiny
+from pipelines.audio_guidance import audio_native, branch_plugins, branch_prompts, three_branch
+from pipelines.avatar_settings import NOT_USED, AvatarSettings
+from pipelines.avatar_state import AvatarState
+from pipelines.avatar_windows import fuse, latent_length, plan_windows, sound_of
+from pipelines.color_match import match_colors
+from pipelines.conditions import cover_resize, frames_condition, image_to_clip
+from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
+from pipelines.distributed import Processes, shard_weights
+from pipelines.jobs import Job
+from pipelines.memory import stage
+from pipelines.text_to_video import ProgressBar, VideoMaker
+from pipelines.video_file import readable_bytes
+from pipelines.wan import Wan
+from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
+from preprocess.image import read_image
+
+logger = logging.getLogger("selfsame")
+
+AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
+
+
+class AvatarWan(Wan):
+    """A Wan image-to-video model with an audio adapter, which is loaded, moved and freed with its transformer."""
+
+    real_one = ("--only stableavatar-1.3B", "--config stableavatar-1.3B")
+
+    def __init__(self, settings: AvatarSettings, config: dict, processes: Processes):
+        super().__init__(settings, config, processes)
+        self.is_tiny = self.is_tiny and settings.transformer_path is None
+        self._adapter: AudioAdapter | None = None
+
+    def transformer_path(self, expert: int) -> Path:
+        """StableAvatar's file: the whole transformer and the adapter, one trained on squares and one on rectangles."""
+        if self.settings.transformer_path is not None:
+            return Path(self.settings.transformer_path)
+        part = "square" if self.settings.width == self.settings.height else "rectangle"
+        return part_path(self.config, part)
+
+    @property
+    def audio_encoder_path(self) -> Path:
+        return Path(self.settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
+
+    def check_files(self) -> None:
+        if self.is_tiny:
+            return
+        for path in (self.transformer_path(0), self.audio_encoder_path, self.base_path):
+            if not path.exists():
+                raise WeightsError(f"{path}: no such weights; {self.hint(self.config)}")
+
+    def fingerprints(self) -> dict[str, str]:
+        files = super().fingerprints()
+        if not self.is_tiny:
+            files[str(self.audio_encoder_path)] = fingerprint(self.audio_encoder_path)
+        return files
+
+    def adapter_bytes(self) -> int:
+        """What the adapter adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""
+        if self.memory in ("group", "sequential"):
+            return 0
+        with torch.device("meta"):
+            adapter = AudioAdapter(dim=self.transformer_config.dim, num_layers=self.transformer_config.num_layers)
+        return sum(p.numel() for p in adapter.parameters()) * (1 if self.settings.fp8 else self.dtype.itemsize)
+
+    def adapter(self) -> AudioAdapter:
+        """The adapter of the transformer that `transformer` returned last."""
+        return self._adapter.to(self.device) if self.memory == "model" else self._adapter
+
+    def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """wav2vec2 features (1, L, D) of parts of a sound, each by itself; on the disk, an hour's take 0.7 GB. The
+        encoder is freed before returning.
+
+        Args:
+            samples: (N,) at 16 kHz.
+            ranges: (first, end) of each part; beyond the sound there is silence.
+        """
+        encoder = self._load_audio_encoder().to(self.device)
+        lengths = [num_features(end - first) for first, end in ranges]
+        starts = numpy.cumsum([0, *lengths])
+        with tempfile.TemporaryFile() as file:  # its place is kept by the mapping
+            features = torch.from_numpy(numpy.memmap(file, numpy.float32, "w+", 0, (int(starts[-1]), encoder.width)))
+        parts = features.split(lengths)
+        for (first, end), part in zip(ranges, parts, strict=True):
+            part.copy_(encoder.last_hidden_state(cut_samples(samples, first, end))[0])
+        del encoder
+        self._free()
+        return [part[None] for part in parts]
+
+    def _load_audio_encoder(self) -> AudioEncoder:
+        if self.is_tiny:
+            return tiny.tiny_audio_encoder(self.config)
+        return load_audio_encoder(self.audio_encoder_path, hint=self.hint(load_config(AUDIO_ENCODER)))
+
+    def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
+        if self.is_tiny:
+            self._adapter = tiny.tiny_audio_adapter(self.config).set_compute_dtype(self.dtype)
+            transformer = super()._read_transformer(expert, device)
+        else:
+            transformer, self._adapter = load_audio_avatar(
+                self.transformer_path(expert),
+                dtype=self.dtype,
+                device=None if self.settings.fsdp_dit else device,  # no device has to hold it whole
+                expect=self.transformer_config,
+                hint=self.hint(self.config),
+            )
+        self._place(self._adapter)
+        return transformer
+
+    def _place(self, model: WanTransformer | AudioAdapter) -> None:
+        if self.settings.fsdp_dit and isinstance(model, WanTransformer):
+            shard_weights(model, self.device)
+        super()._place(model)
+
+    def release_transformers(self, keep: int | None = None) -> None:
+        if self.memory == "model" and keep is None and self._adapter is not None:
+            self._adapter.to("cpu")
+        super().release_transformers(keep)
+
+    def use_attention_backend(self, name: str) -> None:
+        super().use_attention_backend(name)
+        if self._adapter is not None:
+            self._set_attention_backend(self._adapter)
+
+    def use_memory_mode(self, memory: str) -> None:
+        self._adapter = None
+        super().use_memory_mode(memory)
+
+
+def read_reference(settings: AvatarSettings) -> numpy.ndarray:
+    """The person's photo at the video's size, (H, W, 3) uint8; upstream squashes it, here its centre is cut out."""
+    photo = read_image(settings.reference_image, "--reference_image")
+    height, width = photo.shape[:2]
+    kept = min(width, height * settings.width / settings.height) * min(height, width * settings.height / settings.width)
+    if kept < 0.9 * width * height:
+        logger.warning(
+            "--reference_image %s: %dx%d, of which the centre is used (%d %%) for a video of %dx%d; cut the photo or "
+            "give --width and --height",
+            *(settings.reference_image, width, height, 100 * kept / (width * height), settings.width, settings.height),
+        )
+    return cover_resize(photo, settings.width, settings.height)
+
+
+class AvatarMaker(VideoMaker):
+    """Makes jobs from one photo and one sound, each prompt and seed its own video.
+
+    Args:
+        wan, text: as for `VideoMaker`.
+        reference: from `read_reference`.
+        samples: the sound, (N,) float32 at 16 kHz.
+    """
+
+    def __init__(self, wan: AvatarWan, text: dict[str, Tensor], reference: numpy.ndarray, samples: numpy.ndarray):
+        super().__init__(wan, text, faces=())
+        settings = self.settings
+        self.audio_path = settings.audio
+        self.timeline = AudioTimeline(len(samples), settings.fps)
+        self.num_latents = latent_length(self.timeline.num_latent_frames, settings.window)
+        self.windows = plan_windows(self.num_latents, settings.window, settings.overlap, settings.last_window)
+        self.check_step_cache()
+        self.hashes = {
+            "reference_image": hashlib.sha256(reference.tobytes()).hexdigest(),
+            "audio": hashlib.sha256(samples.tobytes()).hexdigest(),
+        }
+        picture = image_to_clip(reference)  # (1, 3, 1, H, W)
+        self.colors = picture[0, :, 0]
+        self.image_features = wan.encode_images([picture[:, :, 0]])
+        spatial = wan.transformer_config.vae_spatial_factor
+        self.grid = (settings.height // spatial, settings.width // spatial)
+        with wan.vae() as vae, stage("encoding the photo", "try a smaller size or --vae_dtype bf16"):
+            # Every window is told that it begins with the photo; their overlaps make them one video.
+            self.condition = frames_condition(vae, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
+        choices = (settings.last_window, settings.audio_alignment)
+        ranges = [sound_of(window, self.timeline, self.num_latents, *choices) for window in self.windows]
+        self.features = wan.encode_sounds(samples, ranges)
+
+    def check_step_cache(self) -> None:
+        """What a step cache remembers of every window and branch grows with the video.
+
+        Raises:
+            ResourceError: it does not fit.
+        """
+        settings, device = self.settings, self.wan.device
+        if settings.step_cache == "none":
+            return
+        tokens = settings.window * (settings.height // 16) * (settings.width // 16)
+        residuals = 3 * len(self.windows) * (1 if settings.step_cache == "teacache" else 2)
+        needed = residuals * tokens * self.wan.transformer_config.dim * 4
+        on_device = device.type == "cuda" and not settings.teacache_offload
+        free = torch.cuda.mem_get_info(device)[0] if on_device else psutil.virtual_memory().available
+        if needed > free:
+            raise ResourceError(
+                f"--step_cache {settings.step_cache}: remembers {readable_bytes(needed)} for {len(self.windows)} "
+                f"windows, {readable_bytes(free)} are free; try --teacache_offload, or do without a step cache"
+            )
+
+    # ------------------------------------------------------------------------------------------------ one video
+
+    def open_state(self, job: Job, metadata: dict) -> AvatarState:
+        shape = (self.num_latents, self.wan.transformer_config.out_dim, *self.grid)
+        return AvatarState(job.output, metadata, shape, self.wan.processes)
+
+    def noise(self, job: Job) -> Iterator[Tensor]:
+        """Latent frame by latent frame, so that no length is too long, and a longer sound begins with the same."""
+        generator = torch.Generator("cpu").manual_seed(job.seed)
+        for _ in range(self.num_latents):
+            yield torch.randn(self.wan.transformer_config.out_dim, *self.grid, generator=generator)
+
+    def denoise(self, job: Job, state: AvatarState) -> Tensor:
+        """Clean latents (F, C, h, w), on the disk; from where an interrupted run stopped."""
+        keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save
+        steps, shown = self.schedule.num_steps, self.wan.processes.rank == 0
+        progress = ProgressBar(steps * len(self.windows), job.output.name, shown, unit="window")
+        while True:
+            first = state.open(self.noise(job), keeps_state)
+            progress.start_at(first * len(self.windows))
+            if first > 0:
+                logger.info("%s: going on after step %d of %d", job.output, first, steps)
+            try:
+                with progress:
+                    self.run_steps(job, state, first, progress)
+                return state.latents
+            except RuntimeError as error:
+                if self.wan.processes.by_windows and isinstance(error, NonFiniteLatentsError):
+                    raise UserError(f"{error}; try --attention_backend native or --dtype fp32") from error
+                self.mend(error)
+
+    def run_steps(self, job: Job, state: AvatarState, first: int, progress: ProgressBar) -> None:
+        """A function of its own, so that a step that fails leaves nothing that holds the model."""
+        steps = self.schedule.num_steps
+        ranges = itertools.groupby(range(first, steps), key=lambda step: self.wan.with_loras(step, steps))
+        for with_loras, in_range in ranges:
+            velocity = self.velocity(job, with_loras)
+            for step in in_range:
+                self.step(job, state, step, velocity, progress)
+
+    @torch.no_grad()
+    def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: ProgressBar) -> None:
+        """One denoising step of the whole video: windows by themselves, then together.
+
+        All start from the same latents, so their order does not matter: processes share them out, and what an
+        interrupted run has done of the step is kept.
+        """
+        processes, solver, windows = self.wan.processes, make_solver(self.schedule), self.windows
+        finished = state.finished_windows(step, len(windows))
+        todo = [number for number in range(len(windows)) if number not in finished]
+        owners = {number: i % processes.count if processes.by_windows else 0 for i, number in enumerate(todo)}
+        progress.advance(len(finished))
+
+        for number in todo:
+            mine = owners[number] == processes.rank
+            if mine or processes.context_parallel:
+                window = windows[number]
+                sample = clip_of(state.latents[window.start : window.stop]).to(self.wan.device)  # (1, C, f, h, w)
+                guided = velocity(step, number, sample)
+                if not torch.isfinite(guided).all():
+                    raise NonFiniteLatentsError(
+                        f"the model returned NaN or infinity at step {step + 1} of {self.schedule.num_steps}"
+                    )
+                sample = solver.step(guided, step, sample)
+                if mine:
+                    state.save_window(step, number, sample)
+                progress.advance()
+
+        def results() -> Iterator[Tensor]:
+            for number, window in enumerate(windows):
+                owner = owners.get(number, 0)
+                if owner == processes.rank:
+                    sample = state.load_window(step, number)
+                else:
+                    sample = torch.empty(1, state.shape[1], window.length, *self.grid)
+                yield processes.broadcast(sample, owner)
+
+        before = state.latents
+        fuse(clip_of(state.begin(step)), windows, results(), self.settings.overlapping_weight_scheme, blend=step > 0)
+        state.commit()
+        progress.advance_to((step + 1) * len(windows))
+        if self.settings.preview and processes.writes:
+            self.preview(job, self.guess(step, before, state.latents))
+
+    def guess(self, step: int, before: Tensor, after: Tensor) -> Step:
+        """The clean middle frame as one step sees it: on the line through what it started from and what it made."""
+        middle = self.timeline.num_latent_frames // 2
+        sigma, following = self.schedule.sigmas[step : step + 2].tolist()
+        x, y = (clip_of(latents[middle : middle + 1]) for latents in (before, after))
+        return Step(step, y, x + (y - x) * sigma / (sigma - following), {})
+
+    def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
+        shown = (clip_of(latents[i : i + 1]) for i in range(self.timeline.num_latent_frames))
+        left = self.timeline.num_frames
+        for frames in super().frames(vae, shown):  # (1, 3, f, H, W)
+            frames = frames[:, :, :left]
+            left -= frames.shape[2]
+            if frames.shape[2]:
+                yield match_colors(frames, self.colors, self.settings.color_correction)
+
+    # ------------------------------------------------------------------------------------------- what a step needs
+
+    def velocity(self, job: Job, with_loras: bool) -> Callable[[int, int, Tensor], Tensor]:
+        """(step, window's number, sample (1, C, f, h, w)) -> the guided velocity. Holds what lasts over the steps."""
+        wan, settings, device = self.wan, self.settings, self.wan.device
+        transformer = wan.transformer(0, with_loras)
+        adapter = wan.adapter()
+        if transformer.is_cache_enabled:  # of the video before
+            transformer.disable_cache()
+        if settings.step_cache == "first_block":
+            transformer.enable_cache(FirstBlockCacheConfig(threshold=settings.step_cache_threshold))
+        image = None if self.image_features is None else self.image_features.to(device)
+        positive, negative = (
+            Prompt([self.text[prompt].to(device)], image, keep_keys_values=self.keeps_keys)
+            for prompt in (job.prompt, settings.negative_prompt)
+        )
+        prompts = branch_prompts(positive, negative)
+        guidance = self.guidance()
+        condition = self.condition.to(device)  # (1, 4 + C, f, h, w)
+        caches = [self.window_caches(prompts) for _ in self.windows]
+        window_tokens = settings.window * (self.grid[0] // 2) * (self.grid[1] // 2)
+
+        def guided(step: int, number: int, sample: Tensor) -> Tensor:
+            length = sample.shape[2]
+            expert = Expert(
+                transformer,
+                prompts,
+                guidance,
+                step_caches=caches[number],
+                branch_plugins=branch_plugins(adapter, self.features[number].to(device), settings.num_frames),
+                # Only the legacy last window is shorter than the sound it is given.
+                attended_length=window_tokens if length < settings.window else None,
+                cache_name=str(number),
+            )
+            timestep = self.schedule.timesteps[step].float().expand(1)
+            return expert.velocity(sample, timestep, step, self.schedule.num_steps, condition[:, :, :length])
+
+        return guided
+
+    def guidance(self) -> Guidance:
+        settings = self.settings
+        if settings.audio_native_guidance is None:
+            return three_branch(settings.sample_text_guide_scale, settings.sample_audio_guide_scale)
+        return audio_native(*settings.audio_native_guidance, settings.sample_text_guide_scale - 1)
+
+    def window_caches(self, branches) -> dict[str, TeaCache]:
+        """A cache of its own for every window and branch: another window's residual would be another picture's."""
+        settings = self.settings
+        if settings.step_cache != "teacache":
+            return {}
+        coefficients = COEFFICIENTS[self.wan.config.get("variant", "fun-inp-1.3B")]
+        threshold, first_steps = settings.step_cache_threshold, settings.num_skip_start_steps
+        return {
+            branch: TeaCache(
+                self.schedule.num_steps, threshold, coefficients, first_steps, offload=settings.teacache_offload
+            )
+            for branch in branches
+        }
+
+    def metadata(self, job: Job) -> dict:
+        made_of = super().metadata(job)
+        del made_of["faces"]
+        for name in NOT_USED:
+            del made_of["settings"][name]
+        seconds = round(self.timeline.num_samples / SAMPLE_RATE, 3)
+        return made_of | self.hashes | {"seconds": seconds, "windows": len(self.windows)}
+
+
+def clip_of(latents: Tensor) -> Tensor:
+    """(F, C, h, w), as on the disk, -> (1, C, F, h, w), a view of the same values."""
+    return latents.transpose(0, 1)[None]
