@@ -41,6 +41,7 @@ class Expert:
     prompts: one `Prompt` a guidance branch.
     plugins: asked at every step of both branches; an `Identity` only within its step range.
     step_caches: one `TeaCache` a branch, or none.
+    branch_plugins: asked beside `plugins`, in that branch alone.
     """
 
     transformer: WanTransformer
@@ -48,6 +49,7 @@ class Expert:
     guidance: Guidance
     plugins: Sequence[Plugin] = ()
     step_caches: Mapping[str, TeaCache] = field(default_factory=dict)
+    branch_plugins: Mapping[str, Sequence[Plugin]] = field(default_factory=dict)
 
     def velocity(
         self, sample: Tensor, timestep: Tensor, step: int, num_steps: int, condition: Tensor | None = None
@@ -62,7 +64,7 @@ class Expert:
                     timestep,
                     self.prompts[branch],
                     condition=condition,
-                    plugins=plugins,
+                    plugins=[*plugins, *self.branch_plugins.get(branch, ())],
                     step_cache=self.step_caches.get(branch),
                 )
 

@@ -18,13 +18,27 @@ from tests.golden_checks import (
     read_kind,
     schedulers,
     stand_in,
+    talk_dance,
     vace,
     vae,
 )
 
 CHECKS = {
     kind: check
-    for module in (control, dit, encoders, face, face_swap, lora, pipelines, schedulers, stand_in, vace, vae)
+    for module in (
+        control,
+        dit,
+        encoders,
+        face,
+        face_swap,
+        lora,
+        pipelines,
+        schedulers,
+        stand_in,
+        talk_dance,
+        vace,
+        vae,
+    )
     for kind, check in module.CHECKS.items()
 }
 
@@ -69,7 +83,6 @@ NOT_BUILT_YET = {
         "svi_clip_assembly_talk",
         "svi_clip_assembly_v1",
         "svi_clip_assembly_v2",
-        "svi_dance_condition",
         "svi_dimensions",
         "svi_erft_training_step",
         "svi_error_bank",
@@ -78,8 +91,6 @@ NOT_BUILT_YET = {
         "svi_prompt_stream",
         "svi_sampling_v1",
         "svi_scheduler_and_buckets",
-        "svi_talk_audio_window",
-        "svi_talk_forward_and_cfg",
         "svi_y_v1",
         "svi_y_v2",
         "svi_y_v2_pro",
