@@ -34,6 +34,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "transformer": (dict,),
     "vae": (dict,),
     "text_encoder": (dict,),
+    "image_encoder": (dict,),
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
@@ -61,6 +62,7 @@ _INHERITED = (
     "transformer",
     "vae",
     "text_encoder",
+    "image_encoder",
     "tokenizer",
     "stand_in",
     "vace",

@@ -4,7 +4,9 @@
 one machine or many.
 """
 
+import atexit
 import datetime
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +84,9 @@ def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1) 
         torch.cuda.set_device(chosen)
     if degree > 1 and not dist.is_initialized():  # split prompts need no word between the processes
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+        # A group's threads end with the last model that is split over it, and models are freed by gc. A thread that
+        # outlives the interpreter and then drops a tensor aborts the process.
+        atexit.register(gc.collect)
     return Processes(rank, count, chosen, context_parallel=degree > 1)
 
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configs import load_config
 from errors import InputError, UsageError
@@ -56,6 +57,8 @@ OF_ONE_RUN = ("output", "overwrite", "preview", "config")
 class Settings:
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
+    families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
+
     # what
     prompt: tuple[str, ...]
     ip_image: tuple[str, ...]
@@ -74,6 +77,7 @@ class Settings:
     base_path: str | None = None
     vae_path: str | None = None
     text_encoder_path: str | None = None
+    image_encoder_path: str | None = None
     stand_in_path: str | None = None
     antelopv2_path: str | None = None
     face_parser_path: str | None = None
@@ -141,8 +145,8 @@ def resolve_settings(
 
     fields = {field.name for field in dataclasses.fields(kind)}
     values = {key: value for key, value in config["defaults"].items() if key in fields}
-    if "ip_image" in values:
-        values["ip_image"] = str(PROJECT / values["ip_image"])
+    if photo := values.pop("ip_image", None):
+        values["ip_image"] = str(PROJECT / photo) if has_identity(config) else ()
     values |= earlier
     values |= brought or {}
     if isinstance(guidance := values.get("guidance_scale"), dict):
@@ -161,8 +165,17 @@ def resolve_settings(
     return check_settings(kind(**values), config), config
 
 
+def family_of(config: dict) -> str:
+    """What a config's model starts from: "t2v", "i2v", "flf2v", "fun" (image-to-video of VideoX-Fun), "ti2v"."""
+    if "variant" in config:
+        return config["variant"].split("-")[0]
+    return "t2v" if config["transformer"]["in_dim"] == config["transformer"]["out_dim"] else "i2v"
+
+
 def has_identity(config: dict) -> bool:
-    """Whether the config comes with Stand-In weights."""
+    """Whether the config comes with Stand-In weights; there are none for models that start from a picture."""
+    if family_of(config) != "t2v":
+        return False
     return "stand_in" in config or "stand_in" in config.get("files", {})
 
 
@@ -212,8 +225,9 @@ def check_settings(settings: Settings, config: dict) -> Settings:
             raise InputError(f"--ip_image {photo}: no such file; give a picture's path or URL")
     if len(settings.guidance_scale) > (2 if config.get("experts") else 1):
         raise UsageError(f"--guidance_scale: {len(settings.guidance_scale)} values for one model; give one")
-    if config.get("variant", "t2v").split("-")[0] not in ("t2v", "ti2v"):
-        raise UsageError(f"--config {config['name']}: a {config['variant']} model starts from a picture, not from text")
+    if (family := family_of(config)) not in settings.families:
+        accepted = ", ".join(settings.families)
+        raise UsageError(f"--config {config['name']}: model of family {family}; accepted here are {accepted}")
     if settings.fp8 and settings.memory in ("group", "sequential"):
         raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
     fitted = config.get("tiny") or (config["variant"] in COEFFICIENTS and not config.get("experts"))

@@ -10,11 +10,12 @@ import numpy
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from models.identity.stand_in import StandIn
 from models.vace import VaceBranch
 from models.wan.config import WanConfig
+from models.wan.image_encoder import ImageEncoder
 from models.wan.text_encoder import TextEncoder, load_tokenizer
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE
@@ -63,6 +64,11 @@ def tiny_text_encoder(config: dict) -> TextEncoder:
         UMT5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **config["text_encoder"])
     )
     return TextEncoder(fill_from_seed(model, config["seed"] + 2).encoder, tokenizer)
+
+
+def tiny_image_encoder(config: dict) -> ImageEncoder:
+    model = CLIPVisionModel(CLIPVisionConfig(hidden_act="gelu", **config["image_encoder"]))
+    return ImageEncoder(fill_from_seed(model, config["seed"] + 3)).eval()
 
 
 def tiny_stand_in_tensors(config: dict, expert: int = 0) -> dict[str, Tensor]:

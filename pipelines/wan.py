@@ -16,6 +16,7 @@ from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, merge_loras, read_lora
 from models.wan.checkpoint import fingerprint, load_transformer
 from models.wan.config import VARIANTS, WanConfig
+from models.wan.image_encoder import load_image_encoder
 from models.wan.text_encoder import TextEncoder, load_text_encoder
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
@@ -171,6 +172,24 @@ class Wan:
         # fp32 weights would be 22 GB and are rounded from the released bfloat16 anyway; on a CPU bfloat16 is slow.
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         return load_text_encoder(path, dtype=dtype, hint=self.hint(self.base))
+
+    def encode_images(self, images: Sequence[Tensor]) -> Tensor | None:
+        """CLIP features (1, pictures · 257, 1280) of pictures (1, 3, H, W) in [-1, 1], on the CPU; None where the
+        model takes none (Wan2.2). The encoder is freed before returning.
+        """
+        if self.transformer_config.image_dim is None:
+            return None
+        if self.is_tiny:
+            encoder = tiny.tiny_image_encoder(self.config)
+        else:
+            path = self.settings.image_encoder_path or self.base_path
+            dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+            encoder = load_image_encoder(path, dtype=dtype, hint=self.hint(self.base))
+        encoder = encoder.to(self.device)
+        features = torch.cat([encoder(image).float().cpu() for image in images], dim=1)
+        del encoder
+        self._free()
+        return features
 
     @contextmanager
     def vae(self):

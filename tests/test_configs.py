@@ -1,11 +1,19 @@
 """Configs say what the models are; a slip in one is a clear error."""
 
+from argparse import Namespace
+from typing import ClassVar
+
 import pytest
+import torch
 import yaml
 
 from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
 from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
+from models.wan.transformer import Prompt
+from pipelines.distributed import Processes
+from pipelines.settings import Settings, resolve_settings
+from pipelines.wan import Wan
 
 # Command line defaults of upstream: steps, shift, guidance (high, low for two experts), frames, fps, height, width.
 UPSTREAM = {
@@ -210,3 +218,29 @@ def test_tiny_tokenizer_knows_every_language(text):
 def test_yaml_files_are_plain_data():
     for file in FOLDER.glob("*.yaml"):
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+class ImageSettings(Settings):
+    families: ClassVar[tuple[str, ...]] = ("i2v",)
+
+
+def test_tiny_image_to_video_config_takes_a_picture():
+    config = load_config("tiny-i2v")
+    settings, _ = resolve_settings(Namespace(config="tiny-i2v"), ImageSettings)
+    wan = Wan(settings, config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
+    pictures = [torch.full((1, 3, 40, 30), value) for value in (-0.5, 0.5)]
+    features = wan.encode_images(pictures)
+    tokens, width = 1 + (32 // 8) ** 2, config["image_encoder"]["hidden_size"]
+    assert features.shape == (1, 2 * tokens, width)
+    torch.testing.assert_close(wan.encode_images(pictures[1:]), features[:, tokens:])
+    assert not torch.allclose(features[:, :tokens], features[:, tokens:])
+    transformer = wan.transformer(0)
+    latents, y = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 20, 2, 4, 4)
+    prompt = Prompt([torch.randn(3, 32)], image=features[:, :tokens])
+    with torch.no_grad():
+        assert transformer(latents, torch.tensor([500.0]), prompt, condition=y).shape == latents.shape
+
+
+def test_settings_refuse_families_the_script_cannot_drive():
+    with pytest.raises(UsageError, match="family i2v; accepted here are t2v, ti2v"):
+        resolve_settings(Namespace(config="tiny-i2v"))

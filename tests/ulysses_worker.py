@@ -1,24 +1,24 @@
 """Run by torchrun in test_distributed.py: one forward pass split over the processes; rank 0 saves what came out."""
 
+import os
 import sys
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pipelines.distributed import split_sequence
+from pipelines.distributed import split_sequence, start_processes
 from tests import tiny
 from tests.tiny import GRID, TIMESTEP
 
 
 def main(output: str) -> None:
-    dist.init_process_group("gloo")
-    rank, count = dist.get_rank(), dist.get_world_size()
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    processes = start_processes("cpu", ulysses_degree=count)
     model = tiny.transformer()
-    split_sequence(model, ulysses_degree=count, ring_degree=1, device=torch.device("cpu"))
+    split_sequence(model, ulysses_degree=count, ring_degree=1, device=processes.device)
     identity = tiny.stand_in(model).encode(model, [tiny.photo()], GRID).shard(rank, count)
     branch = tiny.vace_branch()
-    split_sequence(branch, ulysses_degree=count, ring_degree=1, device=torch.device("cpu"))
+    split_sequence(branch, ulysses_degree=count, ring_degree=1, device=processes.device)
     control = branch.plugin(tiny.latents(seed=5, channels=96))
     per_token = torch.full((1, 3 * GRID[0] * GRID[1]), 600.0)
     per_token[:, : GRID[0] * GRID[1]] = 0
@@ -31,8 +31,8 @@ def main(output: str) -> None:
         }
     if rank == 0:
         save_file(out, output)
-    dist.barrier()
-    dist.destroy_process_group()
+    processes.wait()
+    processes.close()
 
 
 if __name__ == "__main__":
