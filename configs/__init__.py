@@ -38,6 +38,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
+    "multitalk": (dict,),  # widths of audio layers
     "vace": (dict,),  # the base blocks of a VACE branch's hints (vace_layers)
 }
 _DEFAULTS: dict[str, tuple[type, ...]] = {
@@ -65,6 +66,7 @@ _INHERITED = (
     "image_encoder",
     "tokenizer",
     "stand_in",
+    "multitalk",
     "vace",
 )
 

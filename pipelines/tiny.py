@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from models.identity.stand_in import StandIn
+from models.multitalk import MultiTalk
+from models.pose_embedder import PoseEmbedder
 from models.vace import VaceBranch
 from models.wan.config import WanConfig
 from models.wan.image_encoder import ImageEncoder
@@ -91,6 +93,16 @@ def tiny_vace(config: dict) -> VaceBranch:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "eps", "patch_size")}
     return fill_from_seed(VaceBranch(**same, **config["vace"]), config["seed"] + 30)
+
+
+def tiny_multitalk(config: dict) -> MultiTalk:
+    shape = WanConfig(**config["transformer"])
+    same = {name: getattr(shape, name) for name in ("dim", "num_heads", "num_layers", "eps")}
+    return fill_from_seed(MultiTalk(**same, **config["multitalk"]), config["seed"] + 40)
+
+
+def tiny_pose_embedder(config: dict) -> PoseEmbedder:
+    return fill_from_seed(PoseEmbedder(config["transformer"]["dim"]), config["seed"] + 41)
 
 
 def demonstration_control(num_frames: int, height: int, width: int) -> numpy.ndarray:
