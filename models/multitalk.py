@@ -208,16 +208,18 @@ class Speech:
         return self._tokens
 
     def __call__(self, tokens: Tensor, ctx: BlockContext) -> Slots:
-        if ctx.lengths is not None:
-            raise ValueError("audio layers need samples of one size, without padding")
         audio = self.tokens(tokens.device)
         frames, per_frame = ctx.grid[0], ctx.grid[1] * ctx.grid[2]
         if audio.shape[1] != frames:
             raise ValueError(f"the audio is of {audio.shape[1]} latent frames, the video has {frames}")
-        length, begin = tokens.shape[1], 0
-        if ctx.sharded:  # equal parts in the order of ranks, and so this process may begin and end inside a frame
-            begin = length * self.layers._parallel_config.context_parallel_config._flattened_mesh.get_local_rank()
-        lead, end = begin % per_frame, begin + length
+        length, rank, processes = tokens.shape[1], 0, 1
+        if ctx.sharded:
+            mesh = self.layers._parallel_config.context_parallel_config._flattened_mesh
+            rank, processes = mesh.get_local_rank(), mesh.size()
+        if length * processes != frames * per_frame:
+            raise ValueError("audio layers need samples of one size, without padding")
+        begin, end = rank * length, (rank + 1) * length  # equal parts: they may begin and end inside a latent frame
+        lead = begin % per_frame
         audio = audio[:, begin // per_frame : -(-end // per_frame)].expand(tokens.shape[0], -1, -1, -1)
 
         @torch.compiler.disable

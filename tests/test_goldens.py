@@ -8,6 +8,7 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    audio_adapter,
     control,
     dit,
     encoders,
@@ -26,6 +27,7 @@ from tests.golden_checks import (
 CHECKS = {
     kind: check
     for module in (
+        audio_adapter,
         control,
         dit,
         encoders,
@@ -64,17 +66,13 @@ NOT_BUILT_YET = {
     ),
     "talking avatar": (
         "stableavatar_audio_features",
-        "stableavatar_audio_split",
         "stableavatar_color_match",
         "stableavatar_dataset_sample",
-        "stableavatar_dit_forward",
         "stableavatar_fuse",
         "stableavatar_lip_mask",
-        "stableavatar_lora",
         "stableavatar_pipeline",
         "stableavatar_schedule",
         "stableavatar_train_step",
-        "stableavatar_vocal_projector",
         "stableavatar_windows",
     ),
     "long video": (

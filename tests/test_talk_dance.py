@@ -9,8 +9,8 @@ from models.lora import read_lora
 from models.multitalk import Speech, audio_window, latent_windows, load_multitalk
 from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
 from models.wan.schedulers import get_schedule
+from pipelines.audio_guidance import UNCONDITIONAL, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
-from pipelines.talk import SILENT, talk_guidance
 from pipelines.tiny import fill_from_seed, tiny_pose_embedder
 from tests import tiny
 from tests.tiny import CONFIG, DIM, GRID, LAYERS, TIMESTEP
@@ -126,37 +126,14 @@ def test_audio_that_does_not_fit_is_refused():
 # ------------------------------------------------------------------------------------------------------- guidance
 
 
-@pytest.mark.parametrize(
-    ("text", "audio", "branches"),
-    [
-        (2.0, 5.0, [POSITIVE, NEGATIVE, SILENT]),
-        (3.0, 1.0, [POSITIVE, NEGATIVE]),
-        (4.0, 4.0, [POSITIVE, SILENT]),
-        (1.0, 1.0, [POSITIVE]),
-        (0.0, 1.0, [NEGATIVE]),
-    ],
-)
-def test_guidance_runs_only_the_branches_it_needs(text, audio, branches):
-    values = {POSITIVE: torch.tensor(0.3), NEGATIVE: torch.tensor(-1.1), SILENT: torch.tensor(2.5)}
-    asked = []
-
-    def predict(branch):
-        asked.append(branch)
-        return values[branch]
-
-    guided = talk_guidance(text, audio)(predict)
-    c, a, s = values.values()
-    torch.testing.assert_close(guided, s + text * (c - a) + audio * (a - s))
-    assert asked == branches
-
-
 def test_each_branch_gets_its_own_plugins():
     model, clip = tiny.transformer(), speech()
-    prompts = {POSITIVE: tiny.prompt(1), NEGATIVE: tiny.prompt(2), SILENT: tiny.prompt(2)}
-    plugins = {POSITIVE: [clip], NEGATIVE: [clip], SILENT: [clip.silent()]}
-    expert = Expert(model, prompts, talk_guidance(2.0, 5.0), branch_plugins=plugins)
+    prompts = {POSITIVE: tiny.prompt(1), NEGATIVE: tiny.prompt(2), UNCONDITIONAL: tiny.prompt(2)}
+    plugins = {POSITIVE: [clip], NEGATIVE: [clip], UNCONDITIONAL: [clip.silent()]}
+    expert = Expert(model, prompts, three_branch(2.0, 5.0), branch_plugins=plugins)
     c, a, s = (
-        forward(plugins[branch][0], model=model, prompt=prompts[branch]) for branch in (POSITIVE, NEGATIVE, SILENT)
+        forward(plugins[branch][0], model=model, prompt=prompts[branch])
+        for branch in (POSITIVE, NEGATIVE, UNCONDITIONAL)
     )
     guided = expert.velocity(tiny.latents(), TIMESTEP, 0, 4)
     torch.testing.assert_close(guided, s + 2 * (c - a) + 5 * (a - s), rtol=0, atol=1e-4)

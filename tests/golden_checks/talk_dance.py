@@ -4,8 +4,8 @@ from models.multitalk import Speech, audio_window, latent_windows, multitalk_fro
 from models.pose_embedder import KEY, pose_embedder_from_tensors
 from models.wan.schedulers import get_schedule
 from models.wan.transformer import Prompt
+from pipelines.audio_guidance import UNCONDITIONAL, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
-from pipelines.talk import SILENT, talk_guidance
 from tests.golden_checks.dit import build_transformer, record_outputs
 
 
@@ -25,7 +25,7 @@ def open_case(case, is_own):
     own = {name: tensor for name, tensor in weights.items() if is_own(name)}
     transformer = build_transformer(case.config["dit"], {n: t for n, t in weights.items() if n not in own})
     positive, negative = (Prompt(inputs[n], inputs["clip_feature"]) for n in ("context", "negative_context"))
-    return transformer, own, {POSITIVE: positive, NEGATIVE: negative, SILENT: negative}
+    return transformer, own, {POSITIVE: positive, NEGATIVE: negative, UNCONDITIONAL: negative}
 
 
 def forward(case, transformer, prompts, plugin):
@@ -46,8 +46,8 @@ def check_talk(case) -> None:
     case.check("audio_tokens", speech.tokens(transformer.device))
     case.check("patch_embed", recorded["patch_embed"])
     case.check("block0", recorded["block0"])
-    guidance = talk_guidance(case.config["cfg"]["text"], case.config["cfg"]["audio"])
-    plugins = {POSITIVE: [speech], NEGATIVE: [speech], SILENT: [speech.silent()]}
+    guidance = three_branch(case.config["cfg"]["text"], case.config["cfg"]["audio"])
+    plugins = {POSITIVE: [speech], NEGATIVE: [speech], UNCONDITIONAL: [speech.silent()]}
     case.check("sampled", sample(case, Expert(transformer, prompts, guidance, branch_plugins=plugins)))
 
 
