@@ -208,7 +208,7 @@ def test_released_layout_gives_the_same_layers(tmp_path):
             {"blocks.0.audio_cross_attn.q_linear.weight": torch.zeros(8, 8)},
             ["blocks.0.audio_cross_attn.q_linear.weight [8, 8] instead of [64, 64]"],
         ),
-        ({"audio_proj.proj1.weight": torch.zeros(16, 77)}, ["takes 77 and", "windows of 5"]),
+        ({"audio_proj.proj1.weight": torch.zeros(16, 78)}, ["takes 78 and", "windows of 5"]),
         ({"audio_proj.norm.weight": None}, ["no MultiTalk audio layers", "no audio_proj.norm.weight"]),
     ],
 )

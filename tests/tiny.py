@@ -32,9 +32,11 @@ def multitalk() -> MultiTalk:
 
 
 def audio(frames: int, seed: int = 9) -> torch.Tensor:
-    """Hidden states of a soundtrack, (frames, 12, C)."""
-    width = load_config("tiny-i2v")["multitalk"]["audio_dim"] // 12
-    return torch.randn(frames, 12, width, generator=torch.Generator().manual_seed(seed))
+    """Hidden states of a soundtrack, (frames, layers, C)."""
+    encoder = load_config("tiny-i2v")["audio_encoder"]
+    return torch.randn(
+        frames, encoder["num_hidden_layers"], encoder["hidden_size"], generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def pose(seed: int = 11) -> PoseTokens:
