@@ -170,6 +170,10 @@ class MultiTalk(ModelMixin, ConfigMixin, AttentionMixin):
         """Cast the linears; norms stay float32."""
         return cast_linears(self, dtype)
 
+    def forward(self, first: Tensor, latter: Tensor) -> Tensor:
+        """The audio tokens (B, t, 32, 768) of windows of latent frames (`latent_windows`)."""
+        return self.audio_proj(first, latter)
+
     def speech(self, audio: Tensor, start: int, num_frames: int) -> "Speech":
         """The plug-in of one clip.
 
@@ -204,7 +208,7 @@ class Speech:
     def tokens(self, device: torch.device) -> Tensor:
         """(B, t, 32, 768) float32; they are the same at every step."""
         if self._tokens is None:
-            self._tokens = self.layers.audio_proj(self.first.to(device), self.latter.to(device))
+            self._tokens = self.layers(self.first.to(device), self.latter.to(device))
         return self._tokens
 
     def __call__(self, tokens: Tensor, ctx: BlockContext) -> Slots:

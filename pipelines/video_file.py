@@ -478,16 +478,24 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     )
 
 
-def read_frames(path: str | os.PathLike) -> np.ndarray:
-    """Decode a whole video, (F, H, W, 3) uint8 RGB, every stored frame once. For clips: it is all in memory.
+def read_frames(path: str | os.PathLike, frames: range | None = None) -> np.ndarray:
+    """Decode a video, (F, H, W, 3) uint8 RGB, every stored frame once. For clips: it is all in memory.
+
+    Args:
+        frames: consecutive frames to decode; None: all.
 
     Raises:
-        InputError: missing, damaged (also a file cut off in the middle), or without video.
+        InputError: missing, damaged (also a file cut off in the middle), without video, or without these frames.
     """
     info = probe(path)
+    part = ""
+    if frames is not None:
+        if frames.stop > info.num_frames:
+            raise InputError(f"{path} has {info.num_frames} frames; {frames.start} to {frames.stop - 1} were asked for")
+        part = f"trim=start_frame={frames.start}:end_frame={frames.stop},"
     result = run_ffmpeg(
         *("-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"),
-        *("-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"),
+        *("-vf", f"{part}scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"),
         *("-f", "rawvideo", "pipe:1"),
     )
     frame_bytes = info.height * info.width * 3

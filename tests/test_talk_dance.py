@@ -1,17 +1,24 @@
 """SVI-Talk's audio layers and guidance, SVI-Dance's pose embedder, and the files both come in."""
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from configs import load_config
 from errors import InputError, WeightsError
 from models.lora import read_lora
 from models.multitalk import Speech, audio_window, latent_windows, load_multitalk
 from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
 from models.wan.schedulers import get_schedule
 from pipelines.audio_guidance import UNCONDITIONAL, three_branch
+from pipelines.dance import fit_poses, read_poses
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
-from pipelines.tiny import fill_from_seed, tiny_pose_embedder
+from pipelines.memory import offload_groups
+from pipelines.talk import embed_speech, read_speech
+from pipelines.tiny import fill_from_seed, tiny_audio_encoder, tiny_pose_embedder
+from pipelines.video_file import read_frames, write_video
+from preprocess.audio import integrated_loudness, write_wav
 from tests import tiny
 from tests.tiny import CONFIG, DIM, GRID, LAYERS, TIMESTEP
 
@@ -111,6 +118,13 @@ def test_bfloat16_stays_close_to_float32():
     ours = forward(layers.speech(tiny.audio(20), 4, FRAMES), model=model)
     exact = forward(speech())
     assert 0 < (ours - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("memory", ["group", "sequential"])
+def test_offloaded_is_resident(memory):
+    layers = tiny.multitalk()
+    offload_groups(layers, torch.device("cpu"), memory, prefetch=False)
+    assert torch.equal(forward(layers.speech(tiny.audio(20), 4, FRAMES)), forward(speech()))
 
 
 def test_audio_that_does_not_fit_is_refused():
@@ -244,3 +258,36 @@ def test_wrong_embedders_are_refused_by_name(tmp_path):
     save_file({f"{KEY}{name}": tensor for name, tensor in wide.items()}, file)
     with pytest.raises(WeightsError, match=r"2 of another shape \(12.bias \[128\] instead of \[64\]"):
         load_pose_embedder(file, tiny.transformer())
+
+
+# ------------------------------------------------------------------------------------------- sound and pose videos
+
+
+def test_chosen_poses_are_those_frames_in_that_order(tmp_path):
+    frames = numpy.zeros((12, 32, 48, 3), numpy.uint8) + 20 * numpy.arange(12, dtype=numpy.uint8)[:, None, None, None]
+    write_video(tmp_path / "pose.mp4", [frames], fps=25)
+    decoded = read_frames(tmp_path / "pose.mp4")
+    for indices in ([3, 4, 5], [9, 10, 11, 0, 1, 0, 1], [7]):
+        assert (read_poses(tmp_path / "pose.mp4", indices, 32, 48) == decoded[indices]).all()
+    with pytest.raises(InputError, match="has 12 frames; 10 to 12 were asked for"):
+        read_poses(tmp_path / "pose.mp4", [10, 11, 12], 32, 48)
+
+
+def test_poses_keep_their_shape_and_colours():
+    frames = numpy.full((2, 20, 10, 3), 255, numpy.uint8)
+    frames[:, ::2] = 7
+    fitted = fit_poses(frames, 40, 60)
+    assert (fitted[:, :, 20:40] == frames.repeat(2, axis=1).repeat(2, axis=2)).all()
+    assert not fitted[:, :, :20].any() and not fitted[:, :, 40:].any()
+
+
+def test_speech_lasts_as_long_as_its_sound(tmp_path):
+    samples = 0.1 * numpy.sin(numpy.arange(16000 * 2) * 0.2)
+    write_wav(tmp_path / "speech.wav", samples, 16000)
+    loud, num_frames = read_speech(tmp_path / "speech.wav")
+    assert num_frames == 50
+    assert abs(integrated_loudness(loud, 16000) + 23) < 0.1
+    states = embed_speech(tiny_audio_encoder(load_config("tiny-i2v")), loud, num_frames)
+    assert states.shape == (50, 2, 32) and states.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="--audio_path .*no.wav is missing"):
+        read_speech(tmp_path / "no.wav")
