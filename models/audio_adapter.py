@@ -17,6 +17,7 @@ Source: arXiv 2508.08248; StableAvatar `wan/models/vocal_projector_fantasy_1B.py
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -80,6 +81,36 @@ def audio_windows(num_tokens: int, num_frames: int, exact: bool = False, widened
 def gather_windows(audio: Tensor, windows: Tensor) -> Tensor:
     """audio (B, L, D), windows (F, m) -> (B, F, m, D), zeros where a window has no token."""
     return F.pad(audio, (0, 0, 0, 1))[:, windows.to(audio.device)]  # index -1 is the added row
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """The video tokens of this process, by their place in the whole video, and the latent frames they belong to.
+
+    A sequence split over processes is cut anywhere: the first frame and the last may be parts of frames.
+    """
+
+    start: int
+    length: int
+    frame_tokens: int  # H·W
+
+    @property
+    def frames(self) -> slice:
+        return slice(self.start // self.frame_tokens, -(-(self.start + self.length) // self.frame_tokens))
+
+    @property
+    def before(self) -> int:
+        """Tokens of the first frame that are another process's."""
+        return self.start - self.frames.start * self.frame_tokens
+
+    def group(self, x: Tensor) -> Tensor:
+        """(B, L, n, d) -> (B·F, H·W, n, d), zeros in place of other processes' tokens."""
+        after = self.frames.stop * self.frame_tokens - (self.start + self.length)
+        return F.pad(x, (0, 0, 0, 0, self.before, after)).reshape(-1, self.frame_tokens, *x.shape[2:])
+
+    def ungroup(self, x: Tensor, batch: int) -> Tensor:
+        """(B·F, H·W, D) -> (B, L, D)."""
+        return x.reshape(batch, -1, x.shape[-1])[:, self.before : self.before + self.length]
 
 
 # ------------------------------------------------------------------------------------------------ vocal projector
@@ -301,8 +332,8 @@ class AudioAdapter(ModelMixin, ConfigMixin, AttentionMixin):
                 mesh = self._parallel_config.context_parallel_config._flattened_mesh
                 start = length * dist.get_rank(mesh.get_group())
                 tokens = EquipartitionSharder.unshard(tokens, 1, mesh)
-            frame_tokens = ctx.grid[1] * ctx.grid[2]
-            tokens = tokens.unflatten(1, (-1, frame_tokens)).to(ctx.dtype)  # (B, F, H·W, D)
+            own = OwnTokens(start, length, frame_tokens=ctx.grid[1] * ctx.grid[2])
+            tokens = tokens.unflatten(1, (-1, own.frame_tokens)).to(ctx.dtype)  # (B, F, H·W, D)
             clip = windows if first_frame is None else windows[first_frame:][: tokens.shape[1]]
             if len(clip) != tokens.shape[1]:
                 part = "" if first_frame is None else f" from latent frame {first_frame} on"
@@ -310,14 +341,10 @@ class AudioAdapter(ModelMixin, ConfigMixin, AttentionMixin):
                     f"audio spread over {num_frames} frames is for {len(clip)} latent frames{part}, "
                     f"the video has {tokens.shape[1]}"
                 )
-            # The frames that this process's tokens belong to: the first and the last may be parts of frames.
-            frames = slice(start // frame_tokens, -(-(start + length) // frame_tokens))
-            before, after = start - frames.start * frame_tokens, frames.stop * frame_tokens - (start + length)
-            if clip_level:
-                frames = slice(None)
-
             if len(hears) not in (1, batch):
                 raise ValueError(f"{len(hears)} rows are said to hear or not, the batch has {batch}")
+
+            frames = slice(None) if clip_level else own.frames
             rows = [row for row in range(batch) if hears[row % len(hears)]]
             audio = tokens.new_zeros(batch, len(clip[frames]), clip.shape[1], dim)  # (B, F, m, D)
             if rows:
@@ -329,9 +356,7 @@ class AudioAdapter(ModelMixin, ConfigMixin, AttentionMixin):
                 key, value = block(audio, q.shape[2])  # (B, F, m, n, d)
                 if clip_level:
                     return attend(q, key.flatten(1, 2), value.flatten(1, 2))
-                q = F.pad(q, (0, 0, 0, 0, before, after)).reshape(-1, frame_tokens, *q.shape[2:])  # (B·F, H·W, n, d)
-                out = attend(q, key.flatten(0, 1), value.flatten(0, 1))  # (B·F, H·W, D)
-                return out.reshape(batch, -1, dim)[:, before : before + length]
+                return own.ungroup(attend(own.group(q), key.flatten(0, 1), value.flatten(0, 1)), batch)
 
             return Slots(cross_attention=[functools.partial(term, block) for block in self.blocks])
 

@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from errors import WeightsError
+from models.audio_adapter import OwnTokens
 from models.wan.attention import AttentionKernel
 from models.wan.checkpoint import assign_tensors, read_tensors
 from models.wan.transformer import BlockContext, Slots, WanTransformer, cast_linears
@@ -100,11 +101,11 @@ class AudioCrossAttention(nn.Module, AttentionModuleMixin):
         self.proj = nn.Linear(dim, dim)
         self.set_processor(AttentionKernel())
 
-    def forward(self, x: Tensor, audio: Tensor) -> Tensor:
-        """x (N, tokens, D) and audio (N, 32, 768), one row a latent frame -> (N, tokens, D)."""
-        query = self.q_linear(x).unflatten(-1, (self.num_heads, -1))
-        key, value = self.kv_linear(audio).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return self.proj(self.processor(query, key, value))
+    def forward(self, x: Tensor, audio: Tensor, own: OwnTokens) -> Tensor:
+        """x (B, L, D) and the audio tokens (B, F, 32, 768) of its latent frames -> (B, L, D)."""
+        query = own.group(self.q_linear(x).unflatten(-1, (self.num_heads, -1)))  # (B·F, H·W, n, d)
+        key, value = self.kv_linear(audio.flatten(0, 1)).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.proj(own.ungroup(self.processor(query, key, value), len(x)))
 
 
 class MultiTalkBlock(nn.Module):
@@ -115,22 +116,9 @@ class MultiTalkBlock(nn.Module):
         self.norm_x = nn.LayerNorm(dim, eps)
         self.audio_cross_attn = AudioCrossAttention(dim, num_heads, token_dim)
 
-    def forward(self, x: Tensor, audio: Tensor, lead: int, per_frame: int, dtype: torch.dtype) -> Tensor:
-        """The residual (B, L, D).
-
-        Args:
-            x: (B, L, D) float32, frame-major; the first and the last latent frame may be there in part.
-            audio: (B, f, 32, 768), the audio tokens of the latent frames that x has tokens of.
-            lead: tokens of x's first latent frame that are not in x, but before it.
-            per_frame: tokens of a whole latent frame.
-            dtype: the compute dtype.
-        """
-        batch, length, _ = x.shape
-        frames = audio.shape[1]
-        y = F.pad(self.norm_x(x).to(dtype), (0, 0, lead, frames * per_frame - lead - length))
-        y = y.reshape(batch * frames, per_frame, -1)
-        y = self.audio_cross_attn(y, audio.to(dtype).flatten(0, 1))
-        return y.reshape(batch, frames * per_frame, -1)[:, lead : lead + length]
+    def forward(self, x: Tensor, audio: Tensor, own: OwnTokens, dtype: torch.dtype) -> Tensor:
+        """The residual (B, L, D) of x (B, L, D) float32, in the compute dtype; arguments as above."""
+        return self.audio_cross_attn(self.norm_x(x).to(dtype), audio.to(dtype), own)
 
 
 class MultiTalk(ModelMixin, ConfigMixin, AttentionMixin):
@@ -212,23 +200,22 @@ class Speech:
         return self._tokens
 
     def __call__(self, tokens: Tensor, ctx: BlockContext) -> Slots:
-        audio = self.tokens(tokens.device)
         frames, per_frame = ctx.grid[0], ctx.grid[1] * ctx.grid[2]
-        if audio.shape[1] != frames:
-            raise ValueError(f"the audio is of {audio.shape[1]} latent frames, the video has {frames}")
         length, rank, processes = tokens.shape[1], 0, 1
         if ctx.sharded:
             mesh = self.layers._parallel_config.context_parallel_config._flattened_mesh
             rank, processes = mesh.get_local_rank(), mesh.size()
         if length * processes != frames * per_frame:
             raise ValueError("audio layers need samples of one size, without padding")
-        begin, end = rank * length, (rank + 1) * length  # equal parts: they may begin and end inside a latent frame
-        lead = begin % per_frame
-        audio = audio[:, begin // per_frame : -(-end // per_frame)].expand(tokens.shape[0], -1, -1, -1)
+        audio = self.tokens(tokens.device)
+        if audio.shape[1] != frames:
+            raise ValueError(f"the audio is of {audio.shape[1]} latent frames, the video has {frames}")
+        own = OwnTokens(rank * length, length, per_frame)
+        audio = audio[:, own.frames].expand(tokens.shape[0], -1, -1, -1)
 
         @torch.compiler.disable
         def hear(index: int, x: Tensor) -> Tensor:
-            return self.layers.blocks[index](x, audio, lead, per_frame, ctx.dtype).to(x.dtype)
+            return self.layers.blocks[index](x, audio, own, ctx.dtype).to(x.dtype)
 
         return Slots(middle_residuals=[lambda x, i=i: hear(i, x) for i in range(len(self.layers.blocks))])
 
