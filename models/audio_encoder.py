@@ -51,7 +51,7 @@ class AudioEncoder(nn.Module):
 
     def input_values(self, samples: np.ndarray) -> Tensor:
         """(N,) samples at 16 kHz -> (1, N), what the network is given."""
-        samples = np.asarray(samples, np.float32)
+        samples = np.array(samples, np.float32)
         if self.normalize:
             samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
         return torch.from_numpy(samples)[None].to(self.model.device)

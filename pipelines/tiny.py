@@ -83,7 +83,7 @@ def tiny_image_encoder(config: dict) -> ImageEncoder:
 
 def tiny_audio_encoder(config: dict) -> AudioEncoder:
     model = Wav2Vec2Model(Wav2Vec2Config(mask_time_prob=0.0, **config["audio_encoder"]))
-    return AudioEncoder(fill_from_seed(model, config["seed"] + 4))
+    return AudioEncoder(fill_from_seed(model, config["seed"] + 4)).eval()
 
 
 def tiny_stand_in_tensors(config: dict, expert: int = 0) -> dict[str, Tensor]:

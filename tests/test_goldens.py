@@ -8,6 +8,7 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    audio,
     audio_adapter,
     control,
     dit,
@@ -27,6 +28,7 @@ from tests.golden_checks import (
 CHECKS = {
     kind: check
     for module in (
+        audio,
         audio_adapter,
         control,
         dit,
@@ -65,11 +67,9 @@ NOT_BUILT_YET = {
         "iid_resize_img",
     ),
     "talking avatar": (
-        "stableavatar_audio_features",
         "stableavatar_color_match",
         "stableavatar_dataset_sample",
         "stableavatar_fuse",
-        "stableavatar_lip_mask",
         "stableavatar_pipeline",
         "stableavatar_schedule",
         "stableavatar_train_step",
