@@ -5,7 +5,12 @@ import json
 
 import numpy
 import torch
+import torch.nn.functional as F
 
+from models.lora import Lora, merge_loras
+from models.wan.schedulers import expert_index, get_schedule
+from models.wan.transformer import Prompt
+from pipelines.clip_conditions import frames_to_condition, latents_to_condition, picture_to_frame
 from pipelines.clip_plan import (
     Chain,
     Clip,
@@ -15,8 +20,11 @@ from pipelines.clip_plan import (
     prompts_of_clips,
     upstream_pose_indices,
 )
+from pipelines.conditions import latent_frames
+from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.long_video_settings import limit_width
 from preprocess.prompts import prompt_lines
+from tests.golden_checks.dit import build_transformer, record_outputs
 
 # ---------------------------------------------------------------------------------------------------------------- plans
 
@@ -151,6 +159,166 @@ def check_dimensions(case) -> None:
     case.check("hw", [limit_width(width, height, most) for width, height, most in rows])
 
 
+# --------------------------------------------------------------------------------------------------------- conditions
+
+
+class StubVAE:
+    """The goldens' VAE: 8x8 means of groups of frames through a matrix, and back."""
+
+    def __init__(self, weights: dict):
+        self.weight, self.bias = weights["vae_stub.weight"], weights["vae_stub.bias"]  # (16, 3), (16,)
+
+    def encode(self, clip: torch.Tensor) -> torch.Tensor:
+        """(1, 3, T, H, W) -> (1, 16, t, H/8, W/8)"""
+        groups = [clip[:, :, :1], *(clip[:, :, i : i + 4] for i in range(1, clip.shape[2], 4))]
+        pooled = torch.stack([F.avg_pool2d(group.mean(2), 8) for group in groups], dim=2)
+        return torch.einsum("cr,brthw->bcthw", self.weight, pooled) + self.bias[:, None, None, None]
+
+    def decode(self, latents: torch.Tensor) -> numpy.ndarray:
+        """(1, 16, t, h, w) -> (T, H, W, 3) uint8, truncated as upstream does"""
+        centred = latents - self.bias[:, None, None, None]
+        colours = torch.einsum("cr,bcthw->brthw", self.weight, centred) * (3 / self.weight.square().sum())
+        frames = torch.cat((colours[:, :, :1], colours[:, :, 1:].repeat_interleave(4, dim=2)), dim=2).clamp(-1, 1)
+        frames = frames.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
+        return ((frames + 1) * 127.5).clamp(0, 255)[0].permute(1, 2, 3, 0).numpy().astype(numpy.uint8)
+
+
+def to_frames(pictures: torch.Tensor, config: dict) -> torch.Tensor:
+    """(n, H0, W0, 3) or (H0, W0, 3) of 8-bit values -> (1, 3, n, H, W)"""
+    pictures = pictures if pictures.ndim == 4 else pictures[None]
+    frames = [picture_to_frame(p.numpy().astype(numpy.uint8), config["height"], config["width"]) for p in pictures]
+    return torch.cat(frames, dim=2)
+
+
+def check_y_v1(case) -> None:
+    config = case.config
+    frames, reference = to_frames(case.inputs["cond_frames"], config), to_frames(case.inputs["ref_image"], config)
+    count = config["ref_pad_num"]
+    condition = frames_to_condition(
+        StubVAE(case.weights()),
+        frames,
+        config["num_frames"],
+        reference=reference if count else None,
+        reference_frames=count,
+        marks_all=config["ref_pad_cfg"],
+    )
+    case.check("vae_input", condition.clip[0])
+    case.check("clip_input", frames[:, :, 0])
+    case.check("y", condition.y)
+
+
+def check_y_v2(case) -> None:
+    config = case.config
+    image, anchor, end = (to_frames(case.inputs[n], config) if n in case.inputs else None for n in V2_PICTURES)
+    options = {"anchor": {"reference": anchor}, "noanchor": {}, "end": {"reference": anchor, "end": end}}[
+        config["mode"]
+    ]
+    condition = frames_to_condition(StubVAE(case.weights()), image, config["num_frames"], **options)
+    case.check("vae_input", condition.clip[0])
+    case.check("y", condition.y)
+
+
+V2_PICTURES = ("image", "anchor", "end_image")
+
+
+def check_y_pro(case) -> None:
+    config = case.config
+    anchor = to_frames(case.inputs["anchor"], config)
+    case.check("anchor_vae_input", anchor[0])
+    previous = None
+    if config["clip_index"]:
+        previous = case.inputs["prev_latents"][None, :, -config["num_motion_latent"] :]
+    encoded = StubVAE(case.weights()).encode(anchor)
+    case.check("y", latents_to_condition(encoded, previous, latent_frames(config["num_frames"])))
+
+
+# ------------------------------------------------------------------------------------------------- sampling and chains
+
+
+def expert_of(case, weights: dict, context: str, negative: str, scale: float) -> Expert:
+    transformer = build_transformer(case.config["dit"], weights)
+    image = case.inputs.get("clip_feature")
+    prompts = {branch: Prompt(case.inputs[name], image) for branch, name in ((POSITIVE, context), (NEGATIVE, negative))}
+    return Expert(transformer, prompts, two_branch(scale))
+
+
+def check_sampling_v1(case) -> None:
+    config = case.config
+    schedule = get_schedule("euler", config["num_inference_steps"], config["shift"])
+    case.check("timesteps", schedule.timesteps)
+    expert = expert_of(case, case.weights(), "context", "negative_context", config["cfg_scale_text"])
+    samples = []
+    denoise(
+        case.inputs["noise"],
+        schedule,
+        lambda step: expert,
+        condition=case.inputs["y"],
+        on_step=lambda step: samples.append(step.sample),
+    )
+    case.check("latents_steps", torch.stack(samples))
+
+
+def check_chain_v2(case) -> None:
+    """The whole of it: conditions from the clip before, two experts, and the hand-over."""
+    config, weights = case.config, case.weights()
+    vae = StubVAE(weights)
+    schedule = get_schedule("euler", config["num_inference_steps"], config["shift"])
+    experts = [expert_index(timestep, config["switch_DiT_boundary"]) for timestep in schedule.timesteps]
+    of_expert = [
+        {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+        for prefix in ("high.", "low.")
+    ]
+    is_pro = config["variant"] == "pro"
+    anchor = to_frames(case.inputs["image"], config)
+    num_latents, log, latents, last = latent_frames(config["num_frames"]), [], None, anchor
+    for k in range(config["num_clips"]):
+        if is_pro:
+            previous = None if latents is None else latents[:, :, -config["num_motion_latent"] :]
+            y = latents_to_condition(vae.encode(anchor), previous, num_latents)
+        else:
+            y = frames_to_condition(vae, last, config["num_frames"], reference=anchor).y
+        case.check(f"y_{k}", y)
+        pair = [expert_of(case, w, f"context_{k}", "context_neg", config["cfg_scale"]) for w in of_expert]
+        latents = denoise(case.inputs[f"noise_{k}"], schedule, lambda step, pair=pair: pair[experts[step]], condition=y)
+        case.check(f"latents_{k}", latents)
+        case.check(f"last_frame_{k}", vae.decode(latents)[-1], atol=1)
+        last = to_frames(case.outputs[f"last_frame_{k}"], config)  # upstream's: a flipped level would not stay small
+        calls = 1 if config["cfg_scale"] == 1 else 2
+        log += [[k, t, e] for t, e in zip(schedule.timesteps.tolist(), experts, strict=True) for _ in range(calls)]
+    case.check("expert_log", log)
+
+
+# --------------------------------------------------------------------------------------------------------- LoRA files
+
+
+def check_lora(case, scales: list[float], files: list[str], sample: str) -> None:
+    weights, inputs = case.weights(), case.inputs
+    for merged in (False, True):
+        transformer = build_transformer(case.config["dit"], weights)
+        if merged:
+            loras = [
+                (Lora.from_tensors(case.weights(file), transformer, file), scale)
+                for file, scale in zip(files, scales, strict=True)
+            ]
+            merge_loras(transformer, loras)
+        outputs = record_outputs({"patches": transformer.patch_embedding, "block0": transformer.blocks[0]})
+        prompt = Prompt(inputs["context"], inputs.get("clip_feature"))
+        with torch.no_grad():
+            velocity = transformer(inputs[sample], inputs["timestep"], prompt, condition=inputs["y"])
+        name = "lora" if merged else "base"
+        case.check(f"out_{name}", velocity)
+        case.check(f"block0_{name}", outputs["block0"])
+    case.check("patch_embed", outputs["patches"])  # after the LoRA, which leaves it alone
+
+
+def check_lora_v1(case) -> None:
+    check_lora(case, [case.config["lora_alpha_multiplier"]], [case.config["lora_file"]], "x")
+
+
+def check_lora_v2(case) -> None:
+    check_lora(case, case.config["alphas"], case.config["lora_files"], "latents")
+
+
 CHECKS = {
     "svi_clip_assembly_v1": check_assembly_v1,
     "svi_clip_assembly_talk": check_assembly_talk,
@@ -158,4 +326,11 @@ CHECKS = {
     "svi_clip_assembly_v2": check_assembly_v2,
     "svi_prompt_stream": check_prompt_stream,
     "svi_dimensions": check_dimensions,
+    "svi_y_v1": check_y_v1,
+    "svi_y_v2": check_y_v2,
+    "svi_y_v2_pro": check_y_pro,
+    "svi_sampling_v1": check_sampling_v1,
+    "svi_chain_v2": check_chain_v2,
+    "svi_lora_v1": check_lora_v1,
+    "svi_lora_v2": check_lora_v2,
 }
