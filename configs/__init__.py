@@ -38,6 +38,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
+    "svi": (dict,),  # how clips of a long video are conditioned (pipelines.long_video_settings.Variant)
     "vace": (dict,),  # the base blocks of a VACE branch's hints (vace_layers)
 }
 _DEFAULTS: dict[str, tuple[type, ...]] = {
@@ -49,6 +50,9 @@ _DEFAULTS: dict[str, tuple[type, ...]] = {
     "height": (int,),
     "width": (int,),
     "solver": (str,),
+    "boundary": (int, float),  # where a distilled LoRA wants the experts switched
+    "lora_scale_high": (list,),  # of SVI's LoRA and the distilled one after it
+    "lora_scale_low": (list,),
     "timesteps": (list,),  # a distilled model's own, before the shift
     "negative_prompt": (str,),
     "prompt": (str,),  # of a demonstration
@@ -65,6 +69,7 @@ _INHERITED = (
     "image_encoder",
     "tokenizer",
     "stand_in",
+    "svi",
     "vace",
 )
 

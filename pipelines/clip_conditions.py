@@ -21,6 +21,15 @@ from models.wan.vae import WanVAE
 from pipelines.conditions import ImageCondition, fold_mask
 
 
+def crop_to_shape(picture: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
+    """The centre of a picture (H0, W0, 3) that has the shape of height x width; upstream stretches it."""
+    rows, columns = picture.shape[:2]
+    kept_rows = min(rows, max(1, round(columns * height / width)))
+    kept_columns = min(columns, max(1, round(rows * width / height)))
+    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+    return picture[top : top + kept_rows, left : left + kept_columns]
+
+
 def picture_to_frame(picture: numpy.ndarray, height: int, width: int) -> Tensor:
     """A picture (H0, W0, 3) uint8, stretched to the size (bicubic) -> (1, 3, 1, H, W) in [-1, 1]."""
     image = Image.fromarray(numpy.asarray(picture, dtype=numpy.uint8)).resize((width, height))
