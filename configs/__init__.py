@@ -35,6 +35,8 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "vae": (dict,),
     "text_encoder": (dict,),
     "image_encoder": (dict,),
+    "audio_encoder": (dict,),
+    "separator": (dict,),  # how a vocal separator's spectrum is made
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
@@ -67,6 +69,7 @@ _INHERITED = (
     "vae",
     "text_encoder",
     "image_encoder",
+    "audio_encoder",
     "tokenizer",
     "stand_in",
     "svi",

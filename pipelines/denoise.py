@@ -39,8 +39,10 @@ class Expert:
     """A transformer with all it needs to denoise one video.
 
     prompts: one `Prompt` a guidance branch.
-    plugins: asked at every step of both branches; an `Identity` only within its step range.
+    plugins: asked at every step of every branch; an `Identity` only within its step range.
     step_caches: one `TeaCache` a branch, or none.
+    branch_plugins: further plug-ins of single branches (speech is heard in some and not in others).
+    attended_length: pad the tokens to this length, and let them see the padding (`WanTransformer.forward`).
     """
 
     transformer: WanTransformer
@@ -48,6 +50,8 @@ class Expert:
     guidance: Guidance
     plugins: Sequence[Plugin] = ()
     step_caches: Mapping[str, TeaCache] = field(default_factory=dict)
+    branch_plugins: Mapping[str, Sequence[Plugin]] = field(default_factory=dict)
+    attended_length: int | None = None
 
     def velocity(
         self, sample: Tensor, timestep: Tensor, step: int, num_steps: int, condition: Tensor | None = None
@@ -62,7 +66,9 @@ class Expert:
                     timestep,
                     self.prompts[branch],
                     condition=condition,
-                    plugins=plugins,
+                    plugins=[*plugins, *self.branch_plugins.get(branch, ())],
+                    seq_len=self.attended_length,
+                    attend_padding=self.attended_length is not None,
                     step_cache=self.step_caches.get(branch),
                 )
 

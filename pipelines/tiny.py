@@ -10,8 +10,16 @@ import numpy
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
+from models.audio_encoder import AudioEncoder
 from models.identity.stand_in import StandIn
 from models.vace import VaceBranch
 from models.wan.config import WanConfig
@@ -69,6 +77,11 @@ def tiny_text_encoder(config: dict) -> TextEncoder:
 def tiny_image_encoder(config: dict) -> ImageEncoder:
     model = CLIPVisionModel(CLIPVisionConfig(hidden_act="gelu", **config["image_encoder"]))
     return ImageEncoder(fill_from_seed(model, config["seed"] + 3)).eval()
+
+
+def tiny_audio_encoder(config: dict) -> AudioEncoder:
+    model = Wav2Vec2Model(Wav2Vec2Config(mask_time_prob=0.0, **config["audio_encoder"]))
+    return AudioEncoder(fill_from_seed(model, config["seed"] + 4)).eval()
 
 
 def tiny_stand_in_tensors(config: dict, expert: int = 0) -> dict[str, Tensor]:

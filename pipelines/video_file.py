@@ -357,7 +357,7 @@ def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str =
     if path.is_symlink():
         raise UsageError(f"--output {shown} is a link to {os.readlink(path)}; give that path itself")
     prepare_folder(path.parent, shown)
-    for file in (path, sidecar_path(path)):
+    for file in (path, sidecar_path(path)) if extension == ".mp4" else (path,):  # others have no record beside them
         if not os.path.lexists(file):
             continue
         if not stat.S_ISREG(os.lstat(file).st_mode):

@@ -24,23 +24,27 @@ class Face:
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: hairline to chin
     score: float  # 0..1
     keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
+    landmarks: np.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
 
 
-def load_detector(path=None):
+def load_detector(path=None, *, landmarks=False):
     """A face detector: (H, W, 3) uint8 RGB -> list of `Face`.
 
     Args:
         path: folder of antelopev2: the one that holds the .onnx files, or `<path>/models/antelopev2/` does. None takes
             `DETECTOR_PATH` where it is there, else OpenCV's cascade, with a warning.
+        landmarks: whether faces get their 68 landmarks, which the cascade has not.
 
     Raises:
-        WeightsError: `path` was given and has no weights, they are damaged, or insightface is not installed.
+        WeightsError: `path` was given and has no weights, they are damaged, or insightface is not installed; or
+            landmarks without weights.
     """
     folder = _onnx_folder(path or DETECTOR_PATH)
-    if folder is None and path is not None:
+    if folder is None and (path is not None or landmarks):
+        needed = "landmarks of faces need antelopev2: " if landmarks else ""
         raise WeightsError(
-            f"--antelopv2_path {str(path)!r}: no .onnx files there, nor in its models/antelopev2/; "
-            "fetch them with `python download_models.py --only antelopev2`"
+            f"{needed}--antelopv2_path {str(path or DETECTOR_PATH)!r}: no .onnx files there, nor in its "
+            "models/antelopev2/; fetch them with `python download_models.py --only antelopev2`"
         )
     if folder is None:
         logger.warning(
@@ -48,7 +52,7 @@ def load_detector(path=None):
             "For the real one: python download_models.py --only antelopev2", DETECTOR_PATH,
         )  # fmt: skip
         return CascadeDetector()
-    return InsightFaceDetector(folder)
+    return InsightFaceDetector(folder, landmarks)
 
 
 def _onnx_folder(root):
@@ -60,9 +64,9 @@ def _onnx_folder(root):
 
 
 class InsightFaceDetector:
-    """SCRFD-10G of antelopev2, through insightface."""
+    """SCRFD-10G of antelopev2, and its landmarks (1k3d68) where they are asked for, through insightface."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, landmarks=False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -82,8 +86,9 @@ class InsightFaceDetector:
                 logger.info(
                     "onnxruntime has no CUDA: faces are detected on the CPU (requirements.txt says how to change it)"
                 )
+        modules = ["detection", "landmark_3d_68"] if landmarks else ["detection"]
         try:
-            self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=["detection"])
+            self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=modules)
         except AssertionError as error:  # its way of saying that no file is a detector
             raise WeightsError(
                 f"no face detector (scrfd_10g_bnkps.onnx) among the .onnx files in {str(folder)!r}; "
@@ -94,12 +99,25 @@ class InsightFaceDetector:
                 f"the face detector in {str(folder)!r} cannot be loaded ({str(error).strip()[:160]}); "
                 "fetch it again with `python download_models.py --only antelopev2`"
             ) from error
+        if landmarks and "landmark_3d_68" not in self.analysis.models:
+            raise WeightsError(
+                f"no landmark model (1k3d68.onnx) among the .onnx files in {str(folder)!r}; "
+                "fetch them again with `python download_models.py --only antelopev2`"
+            )
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
     def __call__(self, image):
         found = self.analysis.get(np.ascontiguousarray(image[..., ::-1]))  # it wants BGR
-        return [Face(tuple(float(v) for v in face.bbox), float(face.det_score), face.kps) for face in found]
+        return [
+            Face(
+                tuple(float(v) for v in face.bbox),
+                float(face.det_score),
+                face.kps,
+                None if face.landmark_3d_68 is None else face.landmark_3d_68[:, :2],
+            )
+            for face in found
+        ]
 
 
 class CascadeDetector:

@@ -8,6 +8,8 @@ import pytest
 
 from tests.golden_checks import (
     GoldenCase,
+    audio,
+    audio_adapter,
     control,
     dit,
     encoders,
@@ -24,7 +26,21 @@ from tests.golden_checks import (
 
 CHECKS = {
     kind: check
-    for module in (control, dit, encoders, face, face_swap, lora, pipelines, schedulers, stand_in, vace, vae)
+    for module in (
+        audio,
+        audio_adapter,
+        control,
+        dit,
+        encoders,
+        face,
+        face_swap,
+        lora,
+        pipelines,
+        schedulers,
+        stand_in,
+        vace,
+        vae,
+    )
     for kind, check in module.CHECKS.items()
 }
 
@@ -49,18 +65,12 @@ NOT_BUILT_YET = {
         "iid_resize_img",
     ),
     "talking avatar": (
-        "stableavatar_audio_features",
-        "stableavatar_audio_split",
         "stableavatar_color_match",
         "stableavatar_dataset_sample",
-        "stableavatar_dit_forward",
         "stableavatar_fuse",
-        "stableavatar_lip_mask",
-        "stableavatar_lora",
         "stableavatar_pipeline",
         "stableavatar_schedule",
         "stableavatar_train_step",
-        "stableavatar_vocal_projector",
         "stableavatar_windows",
     ),
     "long video": (

@@ -3,10 +3,11 @@
 import torch
 
 from configs import load_config
+from models.audio_adapter import AudioAdapter
 from models.identity.stand_in import StandIn
 from models.vace import VaceBranch
 from models.wan.transformer import Prompt, WanTransformer
-from pipelines.tiny import tiny_stand_in, tiny_transformer, tiny_vace
+from pipelines.tiny import fill_from_seed, tiny_stand_in, tiny_transformer, tiny_vace
 
 CONFIG = load_config("tiny")
 DIM, LAYERS = CONFIG["transformer"]["dim"], CONFIG["transformer"]["num_layers"]
@@ -40,3 +41,17 @@ def prompt(seed: int = 3, length: int = 11, **options) -> Prompt:
 
 
 TIMESTEP = torch.tensor([600.0])
+
+
+def avatar_transformer(**changes) -> WanTransformer:
+    """Image-to-video with CLIP features, the base of the audio adapter."""
+    return transformer(in_dim=36, image_dim=16, **changes)
+
+
+def audio_adapter(model: WanTransformer, **options) -> AudioAdapter:
+    shape = {"dim": model.config.dim, "num_layers": model.config.num_layers}
+    return fill_from_seed(AudioAdapter(**shape, **{"audio_dim": 12} | options), CONFIG["seed"] + 40)
+
+
+def audio_features(seed: int = 11, tokens: int = 17) -> torch.Tensor:
+    return torch.randn(1, tokens, 12, generator=torch.Generator().manual_seed(seed))

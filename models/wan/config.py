@@ -52,6 +52,7 @@ VARIANTS: dict[str, WanConfig] = {
 _OTHER_NETWORKS = {
     "vace_": "VACE weights: a base transformer with a VACE branch",
     "ref_conv.": "Fun Control weights with a reference convolution",
+    "vocal_projector.": "StableAvatar weights: a base transformer with an audio adapter, for infer_audio_avatar.py",
     "control_adapter.": "Fun Control-Camera weights with a camera adapter",
 }
 

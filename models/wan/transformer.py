@@ -364,6 +364,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         plugins: Sequence[Plugin] = (),
         position_offset: tuple[int, int, int] = (0, 0, 0),
         seq_len: int | None = None,
+        attend_padding: bool = False,
         step_cache: TeaCache | None = None,
         tokens_only: bool = False,
     ) -> Tensor | list[Tensor]:
@@ -377,6 +378,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             plugins: each is asked once, after the embeddings, what it adds to the blocks.
             position_offset: where the token grid starts in (time, row, column).
             seq_len: pad the token sequence to this length (ragged batches).
+            attend_padding: let self-attention see the padding, as StableAvatar does in a short window.
             step_cache: `TeaCache` of this guidance branch; it may replace the block stack by its last residual.
             tokens_only: stop before the head.
 
@@ -403,7 +405,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             image=image,
             dtype=self.compute_dtype,
             grid=grids[0],
-            lengths=lengths if min(lengths) < length else None,
+            lengths=lengths if min(lengths) < length and not attend_padding else None,
             # Stand-In's reference pass (no prompt) is short: every process runs the whole of it.
             sharded=parallel is not None and prompt is not None,
         )
