@@ -41,6 +41,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
     "multitalk": (dict,),  # widths of audio layers
+    "svi": (dict,),  # how clips of a long video are conditioned (pipelines.long_video_settings.Variant)
     "vace": (dict,),  # the base blocks of a VACE branch's hints (vace_layers)
 }
 _DEFAULTS: dict[str, tuple[type, ...]] = {
@@ -52,6 +53,9 @@ _DEFAULTS: dict[str, tuple[type, ...]] = {
     "height": (int,),
     "width": (int,),
     "solver": (str,),
+    "boundary": (int, float),  # where a distilled LoRA wants the experts switched
+    "lora_scale_high": (list,),  # of SVI's LoRA and the distilled one after it
+    "lora_scale_low": (list,),
     "timesteps": (list,),  # a distilled model's own, before the shift
     "negative_prompt": (str,),
     "prompt": (str,),  # of a demonstration
@@ -70,6 +74,7 @@ _INHERITED = (
     "tokenizer",
     "stand_in",
     "multitalk",
+    "svi",
     "vace",
 )
 

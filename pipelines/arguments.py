@@ -5,8 +5,11 @@
 import argparse
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything that concerns prompts, photos, sampling, weights and the machine."""
+def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True) -> None:
+    """Everything that concerns prompts, photos, sampling, weights and the machine.
+
+    identity: with the flags of Stand-In; it was released for text-to-video models only.
+    """
     what = parser.add_argument_group("what to make")
     what.add_argument(
         "--prompt",
@@ -15,9 +18,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="one or several, in any language; @FILE: one a line",
     )
-    what.add_argument(
-        "--ip_image", nargs="+", action="extend", metavar="PHOTO", help="photo (path or URL) of each person"
-    )
+    if identity:
+        what.add_argument(
+            "--ip_image", nargs="+", action="extend", metavar="PHOTO", help="photo (path or URL) of each person"
+        )
     what.add_argument("--negative_prompt", metavar="TEXT")
     what.add_argument("--output", metavar="FILE", help="mp4; with several prompts or seeds their numbers are added")
     what.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
@@ -42,24 +46,31 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--step_cache", help="none, teacache, first_block: skip steps that change little (lossy)")
     how.add_argument("--step_cache_threshold", type=float, help="larger skips more (0.1)")
 
-    face = parser.add_argument_group("identity")
-    face.add_argument("--identity_strength", type=float, help="of Stand-In's weights: 1 as trained, 0 without them")
-    face.add_argument("--identity_start", type=float, help="share of the steps before the identity sets in (0)")
-    face.add_argument("--identity_end", type=float, help="share of the steps after which it ends (1)")
-    face.add_argument("--face_index", type=int, help="which face, from the left (default: the largest)")
-    face.add_argument("--allow_no_face", action="store_true", default=None, help="use the whole photo if none is found")
-    face.add_argument("--no_face_crop", action="store_true", default=None, help="whole photo; for non-human subjects")
+    if identity:
+        face = parser.add_argument_group("identity")
+        face.add_argument("--identity_strength", type=float, help="of Stand-In's weights: 1 as trained, 0 without them")
+        face.add_argument("--identity_start", type=float, help="share of the steps before the identity sets in (0)")
+        face.add_argument("--identity_end", type=float, help="share of the steps after which it ends (1)")
+        face.add_argument("--face_index", type=int, help="which face, from the left (default: the largest)")
+        face.add_argument(
+            "--allow_no_face", action="store_true", default=None, help="use the whole photo if none is found"
+        )
+        face.add_argument(
+            "--no_face_crop", action="store_true", default=None, help="whole photo; for non-human subjects"
+        )
 
     weights = parser.add_argument_group("weights")
     weights.add_argument("--config", help="name or file of configs/, or the JSON of an earlier run (tiny)")
-    weights.add_argument("--wan_version", help="2.1 or 2.2: short for --config stand-in-wan2.1 or stand-in-wan2.2")
+    if identity:
+        weights.add_argument("--wan_version", help="2.1 or 2.2: short for --config stand-in-wan2.1 or stand-in-wan2.2")
     weights.add_argument("--base_path", help="the model's folder (original or Diffusers layout), or transformer file")
     weights.add_argument("--vae_path")
     weights.add_argument("--text_encoder_path")
     weights.add_argument("--image_encoder_path", help="CLIP, of image-to-video models")
-    weights.add_argument("--stand_in_path", help="Stand-In's file, or the folder it is in")
     weights.add_argument("--antelopv2_path", help="folder of the face detector")
-    weights.add_argument("--face_parser_path", help="parsing_bisenet.pth")
+    if identity:
+        weights.add_argument("--stand_in_path", help="Stand-In's file, or the folder it is in")
+        weights.add_argument("--face_parser_path", help="parsing_bisenet.pth")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps")

@@ -52,7 +52,15 @@ def resolve_lora_settings(args: Namespace, kind: type[LoraSettings] = LoraSettin
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
         WeightsError: a LoRA file that is not there.
     """
-    settings, config = resolve_settings(args, kind, _brought_defaults(args.lora_config))
+    settings, config = resolve_settings(args, kind, brought_defaults(args.lora_config))
+    check_lora_settings(settings, config, args)
+    if not any(settings.lora_files(2)):
+        raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+    return settings, config
+
+
+def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -> None:
+    """Files, scales and mode. Raises as `resolve_lora_settings`."""
     for which in ("", "_high", "_low"):
         paths, scales = getattr(settings, f"lora_path{which}"), getattr(settings, f"lora_scale{which}")
         if len(scales) not in (1, len(paths)):
@@ -69,14 +77,12 @@ def resolve_lora_settings(args: Namespace, kind: type[LoraSettings] = LoraSettin
         for path in paths:
             if not Path(path).exists():
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
-    if not any(settings.lora_files(2)):
-        raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
     if settings.lora_mode not in MODES:
         raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
-    return settings, config
 
 
-def _brought_defaults(name: str | None) -> dict:
+def brought_defaults(name: str | None) -> dict:
+    """How the LoRA of a --lora_config wants to be sampled."""
     if name is None:
         return {}
     config = load_config(name)

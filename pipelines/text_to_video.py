@@ -80,6 +80,8 @@ class VideoMaker:
     """
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
+    condition: Tensor | None = None  # concatenated channels (1, 4 + C, F, h, w), in the modes that start from pictures
+    image_features: Tensor | None = None  # CLIP's, (1, 257, 1280), for the models that take them
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
@@ -151,6 +153,7 @@ class VideoMaker:
                         noise,
                         self.schedule,
                         self.experts(job),
+                        condition=self.condition,
                         after_step=self.after_step,
                         on_step=on_step,
                         resume=resume,
@@ -226,7 +229,6 @@ class VideoMaker:
     def experts(self, job: Job) -> Callable[[int], Expert]:
         """step -> the expert of that step, made at its first step: weights are switched once a video."""
         boundary = self.wan.config.get("boundary")
-        scales = self.settings.guidance_scale
         current: dict[int, Expert] = {}
 
         def expert_at(step: int) -> Expert:
@@ -236,22 +238,28 @@ class VideoMaker:
                 transformer = self.wan.transformer(index)
                 if transformer.is_cache_enabled:  # of the video before; the identity's pass is not one of its steps
                     transformer.disable_cache()
-                plugins = self.plugins(index, transformer)
+                current[index] = self.expert(job, index, transformer)
                 if self.settings.step_cache == "first_block":
                     transformer.enable_cache(FirstBlockCacheConfig(threshold=self.settings.step_cache_threshold))
-                current[index] = Expert(
-                    transformer,
-                    {
-                        branch: Prompt([self.text[prompt].to(self.wan.device)], keep_keys_values=self.keeps_keys)
-                        for branch, prompt in ((POSITIVE, job.prompt), (NEGATIVE, self.settings.negative_prompt))
-                    },
-                    two_branch(scales[min(index, len(scales) - 1)]),
-                    plugins,
-                    self.tea_caches(),
-                )
             return current[index]
 
         return expert_at
+
+    def expert(self, job: Job, index: int, transformer: WanTransformer) -> Expert:
+        """A transformer with what takes part in its forward passes: prompts, guidance, plug-ins."""
+        scales = self.settings.guidance_scale
+        return Expert(
+            transformer,
+            {POSITIVE: self.prompt(job.prompt), NEGATIVE: self.prompt(self.settings.negative_prompt)},
+            two_branch(scales[min(index, len(scales) - 1)]),
+            self.plugins(index, transformer),
+            self.tea_caches(),
+        )
+
+    def prompt(self, text: str) -> Prompt:
+        """The states of a prompt, and of the picture, for one guidance branch."""
+        image = None if self.image_features is None else self.image_features.to(self.wan.device)
+        return Prompt([self.text[text].to(self.wan.device)], image, keep_keys_values=self.keeps_keys)
 
     @property
     def keeps_keys(self) -> bool:

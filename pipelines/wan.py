@@ -280,6 +280,7 @@ class Wan:
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
         self._live_loras = live
         self._transformers.clear()
+        self._free()
 
     def use_attention_backend(self, name: str) -> None:
         """Run attention on another of diffusers' backends from now on."""
