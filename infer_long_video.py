@@ -33,7 +33,9 @@ UPSTREAM_NAMES = {
     "--num_steps": ("num_inference_steps", int),
     "--cfg_scale": ("guidance_scale", float),
     "--cfg_scale_text": ("guidance_scale", float),
+    "--cfg_scale_audio": ("audio_guidance_scale", float),
     "--seed_times": ("seed_multiplier", int),
+    "--image_path": ("ref_image_path", str),
 }
 
 
@@ -56,12 +58,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     long.add_argument("--extend", metavar="VIDEO", help="go on from this video; its frames and sound stay")
     long.add_argument("--end_image", metavar="PICTURE", help="the last clip ends on it (--variant 2.0)")
+    long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
+    long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
+    long.add_argument("--pose_path", metavar="VIDEO", help="dance: drawn poses, as preprocess.pose draws them")
     long.add_argument("--output_root", metavar="FOLDER", help="write there, under the picture's name")
     long.add_argument(
         "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
     )
     for name, (dest, kind) in UPSTREAM_NAMES.items():
         long.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
+    long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
+    long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
     add_lora_arguments(parser)
     add_common_arguments(parser, identity=False)
     return parser.parse_args(argv)
@@ -79,18 +86,22 @@ def main(args: argparse.Namespace) -> None:
     length = sum(len(clip.kept) for clip in clips)
     jobs = list_jobs(replace(settings, prompt=settings.prompt[:1], num_frames=2 * length))  # the clips, and all joined
 
+    from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
     from pipelines.long_video import LongVideoMaker
+    from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
 
+    driven = {None: (Wan, LongVideoMaker), "audio": (TalkWan, TalkMaker), "pose": (DanceWan, DanceMaker)}
+    load, make = driven[settings.driven_by]
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    wan = Wan(settings, config, processes)
+    wan = load(settings, config, processes)
     jobs = processes.own(jobs)
     wan.check()
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial)
 
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
-    maker = LongVideoMaker(wan, text, picture)
+    maker = make(wan, text, picture)
     for job in jobs:
         print(maker.make(job))
     processes.close()

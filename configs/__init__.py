@@ -48,6 +48,7 @@ _DEFAULTS: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "shift": (int, float),
     "guidance_scale": (int, float, dict),  # or {high: , low: } for two experts
+    "audio_guidance_scale": (int, float),  # of models that hear
     "num_frames": (int,),
     "fps": (int,),
     "height": (int,),

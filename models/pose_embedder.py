@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, read_tensors
-from models.wan.transformer import BlockContext, Slots, WanTransformer
+from models.wan.transformer import BlockContext, Slots
 
 KEY = "dwpose_embedding."  # what precedes it in a key is a wrapper's name
 
@@ -71,18 +71,16 @@ class PoseTokens:
         return replace(self, tokens=self.tokens.chunk(processes, dim=1)[rank])
 
 
-def load_pose_embedder(path: str | Path, transformer: WanTransformer, hint: str = "") -> PoseEmbedder:
-    """The embedder inside an SVI-Dance file, whose other keys are a LoRA.
+def load_pose_embedder(path: str | Path, dim: int, hint: str = "") -> PoseEmbedder:
+    """The embedder inside an SVI-Dance file, whose other keys are a LoRA, for a transformer of this width.
 
     Raises:
-        WeightsError: unreadable, no embedder in it, or one that does not fit this transformer.
+        WeightsError: unreadable, no embedder in it, or one for another width.
     """
-    return pose_embedder_from_tensors(read_tensors(path, hint=hint), transformer, source=path)
+    return pose_embedder_from_tensors(read_tensors(path, hint=hint), dim, source=path)
 
 
-def pose_embedder_from_tensors(
-    tensors: Mapping[str, Tensor], transformer: WanTransformer, source: str | Path = ""
-) -> PoseEmbedder:
+def pose_embedder_from_tensors(tensors: Mapping[str, Tensor], dim: int, source: str | Path = "") -> PoseEmbedder:
     """The embedder among tensors under the released names; others are left to their own reader."""
     own = {name.partition(KEY)[2]: tensor for name, tensor in tensors.items() if KEY in name}
     if not own:
@@ -91,6 +89,6 @@ def pose_embedder_from_tensors(
             "svi-dance.safetensors"
         )
     with torch.device("meta"):
-        embedder = PoseEmbedder(transformer.config.dim)
+        embedder = PoseEmbedder(dim)
     assign_tensors(embedder, own, dtype=torch.float32, source=source)
     return embedder.requires_grad_(False).eval()

@@ -147,9 +147,12 @@ def prompts_of_clips(
 # ------------------------------------------------------------------------------------------------- audio and poses
 
 
-def pose_indices(clip: Clip, frames: int, num_poses: int) -> list[int]:
-    """The pose frame of each of a clip's frames: that of its moment; the poses start over when they end."""
-    return [(clip.start + i) % num_poses for i in range(frames)]
+def pose_indices(clip: Clip, frames: int, num_poses: int, starts_over: bool = True) -> list[int]:
+    """The pose frame of each of a clip's frames: that of its moment. When the poses end they start over, or the last
+    one is held, for frames that are cut off but are seen by those before them.
+    """
+    moments = range(clip.start, clip.start + frames)
+    return [moment % num_poses if starts_over else min(moment, num_poses - 1) for moment in moments]
 
 
 def upstream_pose_indices(chain: Chain, num_clips: int, num_poses: int) -> list[list[int]]:

@@ -1,17 +1,77 @@
-"""SVI-Dance: the pose video that leads a chain of clips."""
+"""SVI-Dance: clips that are driven by a video of drawn poses. The model with its pose embedder, and the maker.
 
+Source: Stable-Video-Infinity `test_svi_dance.py`, `diffsynth/pipelines/svi_video_dance.py`.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
+from torch import Tensor
 
-from pipelines.video_file import read_frames
+from models.lora import Lora, read_lora
+from models.pose_embedder import KEY, PoseEmbedder, PoseTokens, load_pose_embedder
+from models.wan.transformer import Plugin, WanTransformer
+from pipelines import tiny
+from pipelines.clip_plan import Clip, pose_indices
+from pipelines.jobs import Job
+from pipelines.long_video import LongVideoMaker
+from pipelines.memory import stage
+from pipelines.video_file import probe, read_frames
+from pipelines.wan import Wan
+
+
+class DanceWan(Wan):
+    """A Wan image-to-video model with the pose embedder, which is in the file of SVI-Dance's LoRA: the first one given."""
+
+    def pose_embedder(self) -> PoseEmbedder:
+        if not self.settings.lora_path:  # the tiny model
+            return tiny.tiny_pose_embedder(self.config)
+        return load_pose_embedder(self.settings.lora_path[0], self.transformer_config.dim)
+
+    def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
+        return read_lora(path, shape, partial, beside=KEY if path == self.settings.lora_path[0] else None)
+
+
+class DanceMaker(LongVideoMaker):
+    """Makes long videos of a person who moves as the poses do. Arguments as of `LongVideoMaker`."""
+
+    wan: DanceWan
+
+    def __init__(self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray):
+        super().__init__(wan, text, picture)
+        self.embedder = wan.pose_embedder()
+        self.num_poses = probe(self.settings.pose_path).num_frames
+        with open(self.settings.pose_path, "rb") as file:
+            self.pose_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        self.pose: PoseTokens | None = None  # of the clip that is being made
+
+    def prepare_condition(self, clip: Clip, handed: Tensor | None, is_last: bool) -> None:
+        super().prepare_condition(clip, handed, is_last)
+        settings, processes = self.settings, self.wan.processes
+        # Where the video ends with the poses, the last clip may reach beyond them.
+        starts_over = settings.video_frames is None
+        indices = pose_indices(clip, settings.num_frames, self.num_poses, starts_over)
+        poses = read_poses(settings.pose_path, indices, settings.height, settings.width)
+        with stage("embedding the poses", "try a smaller size"):
+            self.pose = self.embedder.to(self.wan.device).encode(poses)
+        self.embedder.to("cpu")
+        if processes.context_parallel:
+            self.pose = self.pose.shard(processes.rank, processes.count)
+
+    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
+        """The poses lead all guidance branches, as in upstream's script."""
+        return [*super().plugins(index, transformer), self.pose]
+
+    def metadata(self, job: Job) -> dict:
+        return super().metadata(job) | {"poses": self.pose_hash}  # sha256 of the file
 
 
 def read_poses(path: str | Path, indices: Sequence[int], height: int, width: int) -> numpy.ndarray:
-    """Chosen frames of a pose video, (len(indices), H, W, 3) uint8.
+    """Chosen frames of a pose video at this size, (len(indices), H, W, 3) uint8.
 
-    Only these are decoded into memory; each run of consecutive frames is one pass over the file.
+    Only these are kept in memory; each run of consecutive frames is one pass over the file.
     """
     runs: list[range] = []
     for index in indices:

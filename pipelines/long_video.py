@@ -167,6 +167,7 @@ class LongVideoMaker(VideoMaker):
     def content(self, metadata: dict) -> dict:
         """What decides every clip's content, beside the plan; further clips and other prompts may follow later."""
         of_plan = ["prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"]
+        of_plan += ["video_frames"]
         of_plan += [] if self.end is not None else ["num_clips"]  # which clip is the last one is seen in its frames
         settings = {k: v for k, v in metadata["settings"].items() if k not in (*of_plan, "no_drift_report")}
         return metadata | {"settings": settings, "clips": None}
@@ -182,5 +183,5 @@ class LongVideoMaker(VideoMaker):
             "clips": [
                 {"start": start, "frames": length, "seed": clip.seed, "prompt": clip.prompt}
                 for clip, start, length in zip(clips, starts, lengths, strict=False)
-            ]
+            ],
         }

@@ -13,11 +13,20 @@ import numpy
 
 from configs import load_config, part_path
 from errors import InputError, UsageError, WeightsError
-from pipelines.clip_plan import PROMPT_REPEATS, Chain, Clip, overlap_of_latents, plan_clips, prompts_of_clips
+from pipelines.clip_plan import (
+    PROMPT_REPEATS,
+    Chain,
+    Clip,
+    clips_for,
+    overlap_of_latents,
+    plan_clips,
+    prompts_of_clips,
+)
 from pipelines.control_video import probe_argument
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, resolve_settings
 from pipelines.video_file import read_frames, safe_name
+from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
 from preprocess.prompts import read_prompt_stream
 
@@ -27,6 +36,14 @@ VARIANTS = ("shot", "film", "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pr
 GRID = 16  # pixels of a token's side
 MOST_CLIPS = 10_000
 EXPERT_SUFFIXES = ("_high", "_low")
+DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
+OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
+TIED_TO_DRIVER = (
+    "prompt",
+    "fps",
+    "guidance_scale",
+    "audio_guidance_scale",
+)  # defaults that the tiny model takes over too
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,16 @@ class LongVideoSettings(LoraSettings):
     extend: str | None = None
     end_image: str | None = None
     no_drift_report: bool = False
+    audio_path: str | None = None  # of a variant driven by audio
+    audio_encoder_path: str | None = None
+    multitalk_path: str | None = None
+    audio_guidance_scale: float | None = None
+    pose_path: str | None = None  # of one driven by poses
+    video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
+
+    @property
+    def driven_by(self) -> str | None:
+        return Variant.of(self.variant).driven_by
 
     def without_svi(self) -> "LongVideoSettings":
         """Without SVI's own LoRA, the first one of its flag (`with_svi_loras`)."""
@@ -118,6 +145,7 @@ class LongVideoSettings(LoraSettings):
             prompts,
             seed=seed,
             seed_multiplier=self.seed_multiplier,
+            num_frames=self.video_frames,
             extends=self.extend is not None,
         )
 
@@ -138,8 +166,10 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
             raise UsageError("--output_root and --output: give one; --output_root names the video after its picture")
         args.output = str(Path(args.output_root) / f"{safe_name(Path(args.ref_image_path or 'video').stem)}.mp4")
     brought = {}
-    if not resumed and not {"tiny", "svi"} & load_config(args.config).keys():
-        brought |= variant_config(args.variant)["defaults"]  # another base, sampled as the variant wants it
+    if not resumed and "svi" not in (base := load_config(args.config)):  # sampled as the variant wants it
+        of_tiny = TIED_TO_DRIVER if Variant.of(args.variant).driven_by else ()
+        defaults = variant_config(args.variant)["defaults"]
+        brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
     brought |= brought_defaults(args.lora_config)
     if args.prompt_path is not None:
         if args.prompt is not None:
@@ -153,6 +183,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         raise UsageError("--fps with --extend: the video goes on at its own rate; leave it out")
     picture = read_picture(settings, config)
     settings = follow_picture(settings, picture, None if resumed else (args.height, args.width))
+    settings = follow_driver(settings, rate_is_given=resumed or args.fps is not None)
     settings = count_clips(settings, config)
     if settings.boundary is not None:
         config = config | {"boundary": settings.boundary}
@@ -201,12 +232,33 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
         )
     if settings.end_image is not None and not variant.end_image:
         raise UsageError(f"--end_image: {variant.name} was not made for one; use --variant 2.0")
-    if variant.driven_by is not None:
-        raise UsageError(
-            f"--variant {variant.name}: it is driven by {variant.driven_by}, which this script cannot read"
-        )
+    check_driver(settings, variant, released["defaults"])
     if settings.ulysses_degree * settings.ring_degree > 1 and settings.first_clip_without_lora:
         raise UsageError("--first_clip_without_lora: not with a video split over processes")
+
+
+def check_driver(settings: LongVideoSettings, variant: Variant, defaults: dict) -> None:
+    """What drives the clips is given, and nothing that drives others."""
+    if variant.driven_by is not None and getattr(settings, DRIVERS[variant.driven_by]) is None:
+        wanted = {"audio": "a sound file, or a video with sound", "pose": "a video of drawn poses"}[variant.driven_by]
+        raise UsageError(f"--variant {variant.name} needs --{DRIVERS[variant.driven_by]}: {wanted}")
+    for driver, names in (("audio", OF_AUDIO), ("pose", ("pose_path",))):
+        given = [name for name in names if getattr(settings, name) is not None]
+        if given and variant.driven_by != driver:
+            example = {"audio": "talk", "pose": "dance"}[driver]
+            raise UsageError(
+                f"--{given[0]}: --variant {variant.name} is not driven by {driver}; use --variant {example}"
+            )
+    if variant.driven_by == "audio":
+        if settings.fps != defaults["fps"]:
+            raise UsageError(
+                f"--fps {settings.fps:g} with --variant {variant.name}: its audio layers were trained at "
+                f"{defaults['fps']}; leave it out"
+            )
+        if not 0 <= settings.audio_guidance_scale <= 100:
+            raise UsageError(f"--audio_guidance_scale {settings.audio_guidance_scale:g}: accepted are 0 to 100")
+        if settings.extend is not None:
+            raise UsageError(f"--extend with --variant {variant.name}: no sound can go on from a video's; leave it out")
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRAs
@@ -339,6 +391,32 @@ def limit_width(width: int, height: int, max_width: int) -> tuple[int, int]:
     if width > max_width:
         width, height = max_width, int(max_width * (height / width))
     return height // GRID * GRID, width // GRID * GRID
+
+
+def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideoSettings:
+    """As many clips as the sound or the poses last, and no frame more; of poses also the frame rate, where none is
+    given. More clips than that start over with the poses.
+    """
+    variant = Variant.of(settings.variant)
+    if variant.driven_by is None:
+        return settings
+    if variant.driven_by == "audio":
+        samples = read_audio(settings.audio_path, argument="--audio_path")
+        length = AudioTimeline(len(samples), settings.fps).num_frames
+    else:
+        poses = probe_argument("--pose_path", settings.pose_path)
+        length = poses.num_frames
+        if not rate_is_given and settings.extend is None:
+            settings = dataclasses.replace(settings, fps=poses.fps)
+    needed = clips_for(length, variant.chain(settings.num_frames))
+    num_clips = settings.num_clips or needed
+    if num_clips > needed and variant.driven_by == "audio":
+        logger.warning("--num_clips %d: the sound lasts for %d, which are made", num_clips, needed)
+        num_clips = needed
+    elif num_clips > needed:
+        logger.warning("--num_clips %d: the poses last for %d; then they start over", num_clips, needed)
+    video_frames = length if num_clips <= needed else None
+    return dataclasses.replace(settings, num_clips=num_clips, video_frames=video_frames)
 
 
 def count_clips(settings: LongVideoSettings, config: dict) -> LongVideoSettings:

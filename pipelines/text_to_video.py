@@ -81,6 +81,7 @@ class VideoMaker:
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
     condition: Tensor | None = None  # concatenated channels (1, 4 + C, F, h, w), in the modes that start from pictures
+    branches: tuple[str, ...] = (POSITIVE, NEGATIVE)  # of the guidance
     image_features: Tensor | None = None  # CLIP's, (1, 257, 1280), for the models that take them
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
@@ -291,7 +292,7 @@ class VideoMaker:
         coefficients = COEFFICIENTS[self.wan.config.get("variant", "t2v-14B")]
         return {
             branch: TeaCache(self.schedule.num_steps, self.settings.step_cache_threshold, coefficients)
-            for branch in (POSITIVE, NEGATIVE)
+            for branch in self.branches
         }
 
     # ------------------------------------------------------------------------------------------------- metadata

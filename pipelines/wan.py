@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
@@ -52,6 +53,7 @@ class Wan:
         self.attention_backend = settings.attention_backend
         self.is_tiny = bool(config.get("tiny")) and settings.base_path is None
         self._transformers: dict[int, WanTransformer] = {}
+        self._beside: ModelMixin | None = None  # layers that are moved and freed with the transformer
         self._vae: WanVAE | None = None
         self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
         self._live_loras = False
@@ -224,6 +226,8 @@ class Wan:
         for expert, transformer in self._transformers.items():
             if expert != keep:
                 transformer.to("cpu")
+        if keep is None and self._beside is not None:
+            self._beside.to("cpu")
         free_cached(self.device)
 
     def _load_transformer(self, expert: int) -> WanTransformer:
@@ -276,17 +280,22 @@ class Wan:
         """
         with torch.device("meta"):
             shape = WanTransformer(**self.transformer_config.as_dict())
-        read = {path: read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
+        read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
         self._live_loras = live
         self._transformers.clear()
         self._free()
+
+    def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
+        return read_lora(path, shape, partial)
 
     def use_attention_backend(self, name: str) -> None:
         """Run attention on another of diffusers' backends from now on."""
         self.attention_backend = name
         for transformer in self._transformers.values():
             self._set_attention_backend(transformer)
+        if self._beside is not None:
+            self._set_attention_backend(self._beside)
 
     def _set_attention_backend(self, transformer: WanTransformer) -> None:
         try:
@@ -302,6 +311,7 @@ class Wan:
     def use_memory_mode(self, memory: str) -> None:
         """Go on under another memory mode: transformers are loaded again under it."""
         self._transformers.clear()
+        self._beside = None
         self._free()
         self.memory = memory
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs import load_config
 from errors import InputError, WeightsError
 from models.lora import read_lora
 from models.multitalk import Speech, audio_window, latent_windows, load_multitalk
@@ -15,10 +14,8 @@ from pipelines.audio_guidance import UNCONDITIONAL, three_branch
 from pipelines.dance import fit_poses, read_poses
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.memory import offload_groups
-from pipelines.talk import embed_speech, read_speech
-from pipelines.tiny import fill_from_seed, tiny_audio_encoder, tiny_pose_embedder
+from pipelines.tiny import fill_from_seed, tiny_pose_embedder
 from pipelines.video_file import read_frames, write_video
-from preprocess.audio import integrated_loudness, write_wav
 from tests import tiny
 from tests.tiny import CONFIG, DIM, GRID, LAYERS, TIMESTEP
 
@@ -243,7 +240,7 @@ def test_one_file_holds_a_lora_and_the_embedder(tmp_path):
         save_file(lora_tensors() | own, file)
         lora = read_lora(file, tiny.transformer(), beside=KEY)
         assert len(lora.pairs) == LAYERS and not lora.left_out
-        read = load_pose_embedder(file, tiny.transformer())
+        read = load_pose_embedder(file, DIM)
         assert all(torch.equal(tensor, embedder.state_dict()[name]) for name, tensor in read.state_dict().items())
         with pytest.raises(InputError, match="pose embedder of SVI-Dance.*--variant dance"):
             read_lora(file, tiny.transformer())
@@ -253,11 +250,11 @@ def test_wrong_embedders_are_refused_by_name(tmp_path):
     file = tmp_path / "svi-dance.safetensors"
     save_file(lora_tensors(), file)
     with pytest.raises(WeightsError, match="no pose embedder in it"):
-        load_pose_embedder(file, tiny.transformer())
+        load_pose_embedder(file, DIM)
     wide = fill_from_seed(PoseEmbedder(2 * DIM), 0).state_dict()
     save_file({f"{KEY}{name}": tensor for name, tensor in wide.items()}, file)
     with pytest.raises(WeightsError, match=r"2 of another shape \(12.bias \[128\] instead of \[64\]"):
-        load_pose_embedder(file, tiny.transformer())
+        load_pose_embedder(file, DIM)
 
 
 # ------------------------------------------------------------------------------------------- sound and pose videos
@@ -279,15 +276,3 @@ def test_poses_keep_their_shape_and_colours():
     fitted = fit_poses(frames, 40, 60)
     assert (fitted[:, :, 20:40] == frames.repeat(2, axis=1).repeat(2, axis=2)).all()
     assert not fitted[:, :, :20].any() and not fitted[:, :, 40:].any()
-
-
-def test_speech_lasts_as_long_as_its_sound(tmp_path):
-    samples = 0.1 * numpy.sin(numpy.arange(16000 * 2) * 0.2)
-    write_wav(tmp_path / "speech.wav", samples, 16000)
-    loud, num_frames = read_speech(tmp_path / "speech.wav")
-    assert num_frames == 50
-    assert abs(integrated_loudness(loud, 16000) + 23) < 0.1
-    states = embed_speech(tiny_audio_encoder(load_config("tiny-i2v")), loud, num_frames)
-    assert states.shape == (50, 2, 32) and states.dtype == torch.bfloat16
-    with pytest.raises(InputError, match="--audio_path .*no.wav is missing"):
-        read_speech(tmp_path / "no.wav")

@@ -53,7 +53,7 @@ def check_talk(case) -> None:
 
 def check_dance(case) -> None:
     transformer, own, prompts = open_case(case, lambda name: name.startswith(KEY))
-    pose = pose_embedder_from_tensors(own, transformer).encode(case.inputs["pose"].permute(1, 2, 3, 0))
+    pose = pose_embedder_from_tensors(own, transformer.config.dim).encode(case.inputs["pose"].permute(1, 2, 3, 0))
     recorded = record_outputs({"block0": transformer.blocks[0]})
     case.check("pose_tokens", pose.tokens)
     case.check("out", forward(case, transformer, prompts, pose))
