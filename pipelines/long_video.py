@@ -182,5 +182,5 @@ class LongVideoMaker(VideoMaker):
             "clips": [
                 {"start": start, "frames": length, "seed": clip.seed, "prompt": clip.prompt}
                 for clip, start, length in zip(clips, starts, lengths, strict=False)
-            ]
+            ],
         }
