@@ -6,6 +6,7 @@
     … --lora_path lightx2v.safetensors --lora_config lora-lightx2v-4step        distilled: brings its steps and guidance
     … --wan_version 2.2 --lora_path_high a.safetensors --lora_path_low b.safetensors       one for each expert
     … --lora_path style.safetensors --fp8                                       computed beside the weights, not merged
+    … --lora_path motion.safetensors --lora_end 0.4                             off after the first 40% of the steps
     python infer_with_lora.py --config out.json --output again.mp4              the run that wrote out.json, once more
 
 Any dialect is read: ComfyUI, PEFT, DiffSynth, kohya and musubi, VideoX-Fun, Diffusers, LightX2V. A key that does not
@@ -41,8 +42,8 @@ def main(args: argparse.Namespace) -> None:
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = Wan(settings, config, processes)
     jobs = processes.own(jobs)
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial)
 
     faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this

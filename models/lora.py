@@ -382,11 +382,11 @@ def merge_loras(
 def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]]) -> None:
     """Add the changes at run time: x @ W.T + scale · alpha/rank · x @ A.T @ B.T. The weights keep their values.
 
-    For weights that cannot take a small change (fp8), and to change the scales or switch off between two steps:
-    `transformer.set_adapters(["lora0", …], scales)`, `disable_lora()`, `enable_lora()`. What was computed with the old
-    weights and kept (a `Prompt`'s keys and values, an `Identity`) has to be made anew then. Changes given in full
-    (`Lora.full`) have no low rank to compute with: they are merged, and stay when the rest is switched off.
-    Call it before the weights are cast to their storage dtype or offloaded.
+    For weights that cannot take a small change (fp8), and to switch off between two steps (`switch_loras`) or change
+    the scales (`transformer.set_adapters(["lora0", …], scales)`). What was computed with the old weights and kept (a
+    `Prompt`'s keys and values, an `Identity`) has to be made anew then. Changes given in full (`Lora.full`) have no low
+    rank to compute with: they are merged, and stay when the rest is switched off. Call it before the weights are cast
+    to their storage dtype or offloaded.
     """
     merge_loras(transformer, [(Lora(lora.source, {}, lora.full), scale) for lora, scale in loras])
     kinds = {name: (parameter.dtype, parameter.shape) for name, parameter in transformer.named_parameters()}
@@ -408,3 +408,12 @@ def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]
     if names:
         transformer.set_adapters(list(names), list(names.values()))
         transformer.requires_grad_(False)
+
+
+def switch_loras(transformer: WanTransformer, on: bool) -> None:
+    """Have attached LoRAs work or not; off, the transformer is the base, bit for bit (but for changes in full)."""
+    if on:
+        transformer.enable_lora()
+        transformer.requires_grad_(False)  # enabling is meant for training, too
+    else:
+        transformer.disable_lora()

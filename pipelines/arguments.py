@@ -93,5 +93,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
         lora.add_argument(path, nargs="+", action="extend", metavar="FILE", help=f"{which}; repeatable")
         lora.add_argument(scale, nargs="+", action="extend", type=float, metavar="S", help="one for all, or each (1)")
     lora.add_argument("--lora_config", metavar="NAME", help="how a distilled LoRA wants to be sampled: of configs/")
-    lora.add_argument("--lora_mode", help="merged, live, auto (merged; live with --fp8)")
+    lora.add_argument("--lora_mode", help="merged, live, auto (merged; live with --fp8, --lora_start or --lora_end)")
+    lora.add_argument("--lora_start", type=float, help="share of the steps before the LoRAs set in (0)")
+    lora.add_argument("--lora_end", type=float, help="share of the steps after which they are off (1)")
     lora.add_argument("--lora_partial", action="store_true", default=None, help="leave out keys that do not apply")

@@ -77,18 +77,31 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
             raise UsageError("--resample_control needs --reference_video")
         return settings, config
     info = probe_argument("--reference_video", settings.reference_video)
-    needed = info.num_frames * info.height * info.width * (3 if settings.reference_mask is None else 6)
-    if needed > (free := psutil.virtual_memory().available):
-        raise ResourceError(
-            f"--reference_video {settings.reference_video}: {info.num_frames} frames of {info.width}x{info.height} "
-            f"take {readable_bytes(needed)} of memory, {readable_bytes(free)} are free; cut it into parts"
-        )
     if settings.reference_mask is not None:
         check_mask_size(settings.reference_mask, info)
     # An earlier run's record holds what its video had, as if given.
     earlier = str(args.config).endswith(".json")
     given = {n for n in ("height", "width", "num_frames", "fps") if earlier or getattr(args, n) is not None}
-    return follow_control(settings, info, given), config
+    settings = follow_control(settings, info, given)
+    check_fits_memory(settings, info)
+    return settings, config
+
+
+def check_fits_memory(settings: VaceSettings, info: VideoInfo) -> None:
+    """The control is kept in memory at the size of the result (twice while it is read), its mask as it is stored.
+
+    Raises:
+        ResourceError: there is less memory than that.
+    """
+    needed = 6 * settings.num_frames * settings.height * settings.width
+    if settings.reference_mask is not None:
+        needed += 4 * info.num_frames * info.height * info.width
+    if needed > (free := psutil.virtual_memory().available):
+        raise ResourceError(
+            f"--reference_video {settings.reference_video}: {settings.num_frames} frames of "
+            f"{settings.width}x{settings.height} take {readable_bytes(needed)} of memory, {readable_bytes(free)} are "
+            "free; cut it into parts"
+        )
 
 
 def default_config(args: Namespace) -> str:

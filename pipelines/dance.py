@@ -18,12 +18,12 @@ from pipelines.clip_plan import Clip, pose_indices
 from pipelines.jobs import Job
 from pipelines.long_video import LongVideoMaker
 from pipelines.memory import stage
-from pipelines.video_file import probe, read_frames
+from pipelines.video_file import probe, stream_frames
 from pipelines.wan import Wan
 
 
 class DanceWan(Wan):
-    """A Wan image-to-video model with the pose embedder, which is in the file of SVI-Dance's LoRA: the first one given."""
+    """A Wan image-to-video model with a pose embedder, which is in the file of SVI-Dance's LoRA, the first one given."""
 
     def pose_embedder(self) -> PoseEmbedder:
         if not self.settings.lora_path:  # the tiny model
@@ -69,28 +69,24 @@ class DanceMaker(LongVideoMaker):
 
 
 def read_poses(path: str | Path, indices: Sequence[int], height: int, width: int) -> numpy.ndarray:
-    """Chosen frames of a pose video at this size, (len(indices), H, W, 3) uint8.
-
-    Only these are kept in memory; each run of consecutive frames is one pass over the file.
-    """
-    runs: list[range] = []
-    for index in indices:
-        if runs and runs[-1].stop == index:
-            runs[-1] = range(runs[-1].start, index + 1)
-        else:
-            runs.append(range(index, index + 1))
-    frames = {run: read_frames(path, run) for run in dict.fromkeys(runs)}
-    return fit_poses(numpy.concatenate([frames[run] for run in runs]), height, width)
+    """Chosen frames of a pose video at this size, (len(indices), H, W, 3) uint8; only these are kept in memory."""
+    found = {}
+    for index, frame in enumerate(stream_frames(path)):
+        if index in indices:
+            found[index] = fit_pose(frame, height, width)
+        if index >= max(indices):
+            break
+    return numpy.stack([found[index] for index in indices])
 
 
-def fit_poses(frames: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
-    """Scale (T, h, w, 3) to fit inside, by the nearest pixel so that limbs keep their colours, and centre on black."""
-    given_height, given_width = frames.shape[1:3]
+def fit_pose(frame: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
+    """Scale (h, w, 3) to fit inside, by the nearest pixel so that limbs keep their colours, and centre on black."""
+    given_height, given_width = frame.shape[:2]
     scale = min(height / given_height, width / given_width)
     rows, columns = (max(1, int(side * scale)) for side in (given_height, given_width))
     row = numpy.arange(rows) * given_height // rows
     column = numpy.arange(columns) * given_width // columns
-    fitted = numpy.zeros((len(frames), height, width, 3), numpy.uint8)
+    fitted = numpy.zeros((height, width, 3), numpy.uint8)
     top, left = (height - rows) // 2, (width - columns) // 2
-    fitted[:, top : top + rows, left : left + columns] = frames[:, row][:, :, column]
+    fitted[top : top + rows, left : left + columns] = frame[row][:, column]
     return fitted

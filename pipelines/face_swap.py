@@ -258,6 +258,7 @@ class FaceSwapMaker(VideoMaker):
         self.video = video
         self.schedule = swap_schedule(self.settings)
         self.audio_path = self.settings.input_video if info.has_audio else None
+        self.audio_start = info.start
         self.cell = wan.transformer_config.vae_spatial_factor
         length = latent_frames(self.settings.num_frames)
         self.windows = [

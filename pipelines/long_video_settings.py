@@ -43,7 +43,7 @@ TIED_TO_DRIVER = (
     "fps",
     "guidance_scale",
     "audio_guidance_scale",
-)  # defaults that the tiny model takes over too
+)  # of the tiny model too
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,25 @@ class LoraSettings(Settings):
     lora_config: str | None = None
     lora_mode: str = "auto"
     lora_partial: bool = False
+    lora_start: float = 0.0
+    lora_end: float = 1.0
 
     @property
     def live_loras(self) -> bool:
-        """float8 has three bits of fraction: most of a small change would be rounded away with the merged weight."""
-        return self.lora_mode == "live" or (self.lora_mode == "auto" and self.fp8)
+        """float8 has three bits of fraction: most of a small change would be rounded away with the merged weight. And
+        what is merged cannot be switched off.
+        """
+        return self.lora_mode == "live" or (self.lora_mode == "auto" and (self.fp8 or self.switched))
+
+    @property
+    def lora_steps(self) -> tuple[float, float]:
+        """The shares of the steps from and up to which the LoRAs work."""
+        return self.lora_start, self.lora_end
+
+    @property
+    def switched(self) -> bool:
+        """Whether they are on for a part of the steps only."""
+        return self.lora_steps != (0, 1)
 
     def lora_files(self, num_experts: int) -> list[list[tuple[str, float]]]:
         """(path, scale) of each expert's LoRAs: those of every expert first."""
@@ -79,6 +93,20 @@ def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
     if settings.lora_mode not in MODES:
         raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
+    _check_steps(settings)
+
+
+def _check_steps(settings: LoraSettings) -> None:
+    start, end = settings.lora_steps
+    for name, share in (("lora_start", start), ("lora_end", end)):
+        if not 0 <= share <= 1:
+            raise UsageError(f"--{name} {share:g}: accepted are 0 to 1, a share of the steps")
+    if start > end:
+        raise UsageError(f"--lora_start {start:g} comes after --lora_end {end:g}")
+    if settings.switched and settings.lora_mode == "merged":
+        raise UsageError("--lora_start, --lora_end: merged LoRAs cannot be switched off; use --lora_mode live or auto")
+    if settings.switched and settings.step_cache == "teacache":
+        raise UsageError("--lora_start, --lora_end: teacache follows one model through all steps; use first_block")
 
 
 def brought_defaults(name: str | None) -> dict:

@@ -80,6 +80,7 @@ class VideoMaker:
     """
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
+    audio_start: float = 0.0  # seconds into it at which the video begins
     condition: Tensor | None = None  # concatenated channels (1, 4 + C, F, h, w), in the modes that start from pictures
     branches: tuple[str, ...] = (POSITIVE, NEGATIVE)  # of the guidance
     image_features: Tensor | None = None  # CLIP's, (1, 257, 1280), for the models that take them
@@ -98,6 +99,7 @@ class VideoMaker:
             timesteps=self.settings.timesteps,
         )
         self._identities: dict[int, Identity] = {}
+        self._with_loras = True  # the state they were computed in
         self._adapters: dict[int, StandIn] = {}
 
     # ------------------------------------------------------------------------------------------------ one video
@@ -114,6 +116,7 @@ class VideoMaker:
             quality=self.settings.quality,
             metadata=metadata,
             audio_path=self.audio_path,
+            audio_start=self.audio_start,
         )
         with writer if writes else contextlib.nullcontext():
             latents = self.denoise(job, state)
@@ -228,15 +231,23 @@ class VideoMaker:
         return [] if identity is None else [identity]
 
     def experts(self, job: Job) -> Callable[[int], Expert]:
-        """step -> the expert of that step, made at its first step: weights are switched once a video."""
+        """step -> the expert of that step, made at its first step: weights are switched once a video.
+
+        Where live LoRAs set in or end, all that was computed with the weights before is made anew.
+        """
         boundary = self.wan.config.get("boundary")
         current: dict[int, Expert] = {}
 
         def expert_at(step: int) -> Expert:
             index = expert_index(self.schedule.timesteps[step], boundary)
+            with_loras = self.wan.with_loras(step, self.schedule.num_steps)
+            if with_loras != self._with_loras:
+                self._with_loras = with_loras
+                self._identities.clear()
+                current.clear()
             if index not in current:
                 current.clear()
-                transformer = self.wan.transformer(index)
+                transformer = self.wan.transformer(index, with_loras)
                 if transformer.is_cache_enabled:  # of the video before; the identity's pass is not one of its steps
                     transformer.disable_cache()
                 current[index] = self.expert(job, index, transformer)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from pipelines.vace_context import (
     vace_context,
     with_known_frames,
 )
-from pipelines.video_file import VideoWriter, probe, read_frames
+from pipelines.video_file import VideoWriter, probe, stream_frames
 from pipelines.wan import Wan
 from preprocess.image import read_image
 
@@ -76,14 +77,17 @@ def read_control(settings: VaceSettings, demonstrate: bool = False) -> Control:
         return Control(
             tiny.demonstration_control(settings.num_frames, settings.height, settings.width), None, references
         )
-    frames = read_frames(settings.reference_video)
-    mask = None if settings.reference_mask is None else read_mask(settings.reference_mask, len(frames))
+    info, size = probe(settings.reference_video), (settings.height, settings.width)
+    mask = None if settings.reference_mask is None else read_mask(settings.reference_mask, info.num_frames)
     chosen = list(range(settings.num_frames))
     if settings.resample_control:
-        chosen, _ = spread_frames(len(frames), probe(settings.reference_video).fps, settings.num_frames)
-    frames = cover_resize(frames[chosen], settings.height, settings.width).numpy()
+        chosen, _ = spread_frames(info.num_frames, info.fps, settings.num_frames)
+    # One by one: the video may be much larger, and longer, than what is made of it.
+    stream = itertools.islice(stream_frames(settings.reference_video), chosen[-1] + 1)
+    wanted = set(chosen)
+    frames = numpy.concatenate([cover_resize(f[None], *size).numpy() for i, f in enumerate(stream) if i in wanted])
     if mask is not None:
-        mask = cover_resize(mask[chosen][..., None], settings.height, settings.width)[..., 0].numpy()
+        mask = cover_resize(mask[chosen][..., None], *size)[..., 0].numpy()
     return Control(frames, mask, references)
 
 

@@ -10,6 +10,7 @@ ffmpeg (the binary that imageio-ffmpeg brings) runs as our own subprocess, fed w
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import stat
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError
+from pipelines.ffmpeg import ffmpeg_exe, ffmpeg_url, has_filter, probe_streams, readable_file, reasons, run_ffmpeg
+from pipelines.video_conversion import constant_rate, conversion_filters
 
 try:
     import fcntl
@@ -70,6 +73,7 @@ class VideoWriter:
             What JSON does not know (a path, a dtype) is stored as its `str`.
         audio_path: a file whose first audio stream becomes the sound: encoded as AAC, cut to the video's length or
             padded with silence.
+        audio_start: where in that file the video begins, in seconds.
 
     Raises:
         UsageError: fps or quality out of bounds, or another run is writing the same file.
@@ -85,6 +89,7 @@ class VideoWriter:
         quality: float = 9,
         metadata: dict | None = None,
         audio_path: str | os.PathLike | None = None,
+        audio_start: float = 0.0,
     ):
         if not 0.1 <= fps <= 1000:
             raise UsageError(f"fps is {fps}; a number from 0.1 to 1000 is accepted, 16 for instance")
@@ -99,7 +104,7 @@ class VideoWriter:
         self.metadata_json = None
         if metadata is not None:
             self.describe(metadata)  # now, so that a bad value fails early
-        self.audio_path = audio_path
+        self.audio_path, self.audio_start = audio_path, audio_start
         self.num_frames = 0
         self.width = self.height = None  # of the file, known from the first frames on
         self._given_size = None  # (height, width) of the frames; the file's may be one larger
@@ -247,9 +252,11 @@ class VideoWriter:
     def _add_sound(self) -> Path:
         """Join picture and sound, now that the length is known. (-shortest in one go misses by up to seconds.)"""
         length = float(self.num_frames / self.fps)
+        skip = ["-ss", f"{self.audio_start:.6f}"] if self.audio_start else []
         sound = ["-af", f"apad,atrim=end={length:.9f}", "-c:a", "aac", "-b:a", "192k"]
         result = run_ffmpeg(
-            *("-y", "-i", ffmpeg_url(self.part), "-i", ffmpeg_url(self.audio_path), "-map", "0:v:0", "-map", "1:a:0"),
+            *("-y", "-i", ffmpeg_url(self.part), *skip, "-i", ffmpeg_url(self.audio_path)),
+            *("-map", "0:v:0", "-map", "1:a:0"),
             *("-map_metadata", "0", "-map_chapters", "-1", "-c:v", "copy", *sound, *MP4, ffmpeg_url(self.sound_part)),
         )
         if result.returncode != 0:
@@ -473,128 +480,121 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is; width and height as it is shown (a phone's rotation applied)."""
+    """What a video is, as `read_frames` gives it."""
 
-    width: int
+    width: int  # as it is shown (a phone's rotation applied)
     height: int
     fps: float  # mean over the file
     num_frames: int
     has_audio: bool
     duration: float  # seconds of the video stream
     pix_fmt: str
+    start: float = 0.0  # seconds from the file's start, where the sound may begin, to the first frame
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """Measure a video: its frames are counted from the file's packets, without decoding them.
+    """Measure a video by decoding it once: what is damaged is found here, before anything else is begun.
+
+    Raises:
+        InputError: missing, damaged (also a file cut off in the middle), or without video.
+    """
+    return measure(path)[0]
+
+
+def measure(path: str | os.PathLike) -> tuple[VideoInfo, np.ndarray]:
+    """What a video is, and how often each stored frame is shown at its mean rate (`constant_rate`)."""
+    about = readable_file(path).stat()
+    return measure_version(os.fspath(path), about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, np.ndarray]:
+    """`measure`, once for each version of a file."""
+    streams = probe_streams(path)
+    if streams.video is None:
+        raise InputError(f"{path} has no video stream; give a video file")
+    # framecrc: a header "#key 0: value", then one line a frame: stream, dts, pts, duration, bytes, checksum.
+    # Packets would be quicker to count, but a cut file has some that are never shown, and older codecs hide others.
+    command = ["-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
+    result = run_ffmpeg(*command, "-enc_time_base", "demux", "-f", "framecrc", "pipe:1")
+    lines = result.stdout.decode().splitlines()
+    header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
+    frames = [line.split(",") for line in lines if not line.startswith("#")]
+    if result.returncode != 0 or not frames:
+        raise InputError(f"{path} cannot be read as a video: {reasons(result.stderr, 'no frames in it')[0]}")
+    times = [int(frame[2]) * Fraction(header["tb 0"]) for frame in frames]
+    last = int(frames[-1][3]) * Fraction(header["tb 0"])
+    if last <= 0:  # not every container says how long its last frame is shown
+        last = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / streams.stated_fps
+    duration = times[-1] - times[0] + last
+    if duration <= 0:
+        raise InputError(f"{path} cannot be read as a video: its {len(frames)} frames are all shown at the same time")
+    width, height = map(int, header["dimensions 0"].split("x"))
+    fps = float(len(frames) / duration)
+    info = VideoInfo(
+        width,
+        height,
+        fps,
+        len(frames),
+        streams.has_audio,
+        float(duration),
+        streams.video.pix_fmt,
+        max(float(times[0]), 0.0),
+    )
+    return info, constant_rate([float(time) for time in times], fps)
+
+
+def read_frames(path: str | os.PathLike) -> np.ndarray:
+    """A whole video in memory, (F, H, W, 3) uint8 RGB; see `stream_frames`."""
+    info = probe(path)
+    frames = np.empty((info.num_frames, info.height, info.width, 3), np.uint8)
+    for i, frame in enumerate(stream_frames(path)):
+        frames[i] = frame
+    return frames
+
+
+def stream_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """The frames of a video one by one, (H, W, 3) uint8 RGB: `num_frames` of them at `fps`, as `probe` says.
+
+    From a progressive SDR video of a constant rate every stored frame comes once, just as decoded. Others are
+    converted, with a message about each conversion: see `pipelines.video_conversion`.
 
     Raises:
         InputError: missing, damaged, or without video.
     """
-    streams = probe_streams(path)
-    if streams.pix_fmt is None:
-        raise InputError(f"{path} has no video stream; give a video file")
-    # framecrc: a header "#key 0: value", then one line a packet: stream, dts, pts, duration, size, checksum
-    result = run_ffmpeg("-i", ffmpeg_url(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1")
-    lines = result.stdout.decode().splitlines()
-    header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
-    ticks = [int(line.split(",")[3]) for line in lines if not line.startswith("#")]
-    if result.returncode != 0 or sum(ticks) <= 0:
-        raise InputError(f"{path} cannot be read as a video: {reasons(result.stderr, 'no frames in it')[0]}")
-    width, height = map(int, header["dimensions 0"].split("x"))
-    if streams.rotated:
-        width, height = height, width
-    duration = sum(ticks) * Fraction(header["tb 0"])
-    return VideoInfo(
-        width, height, float(len(ticks) / duration), len(ticks), streams.has_audio, float(duration), streams.pix_fmt
-    )
-
-
-def read_frames(path: str | os.PathLike, frames: range | None = None) -> np.ndarray:
-    """Decode a video, (F, H, W, 3) uint8 RGB, every stored frame once. For clips: it is all in memory.
-
-    Args:
-        frames: consecutive frames to decode; None: all.
-
-    Raises:
-        InputError: missing, damaged (also a file cut off in the middle), without video, or without these frames.
-    """
-    info = probe(path)
-    part = ""
-    if frames is not None:
-        if frames.stop > info.num_frames:
-            raise InputError(f"{path} has {info.num_frames} frames; {frames.start} to {frames.stop - 1} were asked for")
-        part = f"trim=start_frame={frames.start}:end_frame={frames.stop},"
-    result = run_ffmpeg(
-        *("-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"),
-        *("-vf", f"{part}scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"),
-        *("-f", "rawvideo", "pipe:1"),
-    )
+    info, shown = measure(path)
+    filters, messages = conversion_filters(probe_streams(path).video, has_filter)
+    for message in messages:
+        logger.warning("%s %s", path, message)
+    if (shown != 1).any():
+        logger.warning(
+            "%s has a variable frame rate: read at its mean of %.5g a second, %d of %d frames left out, %d repeated",
+            *(path, info.fps, (shown == 0).sum(), info.num_frames, (shown > 1).sum()),
+        )
+    filters = [*filters, "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"]
+    command = ["-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", ",".join(filters)]
     frame_bytes = info.height * info.width * 3
-    if result.returncode != 0 or not result.stdout or len(result.stdout) % frame_bytes:
-        raise InputError(f"{path} cannot be decoded: {reasons(result.stderr, 'its size changes')[0]}")
-    return np.frombuffer(result.stdout, np.uint8).reshape(-1, info.height, info.width, 3)
-
-
-@dataclass(frozen=True)
-class Streams:
-    """What ffmpeg's banner tells about a file."""
-
-    pix_fmt: str | None  # None: no video
-    has_audio: bool
-    rotated: bool  # by a quarter turn
-
-
-def probe_streams(path: str | os.PathLike) -> Streams:
-    """Which streams a media file has. imageio-ffmpeg brings no ffprobe, so this reads ffmpeg's banner.
-
-    Raises:
-        InputError: missing, or nothing that ffmpeg can read.
-    """
-    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", ffmpeg_url(readable_file(path))]
-    banner = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
-    if "Input #0" not in banner or "Input #0, tty" in banner:  # tty: ffmpeg would draw a text file as a video
-        raise InputError(f"{path} is no audio or video that ffmpeg can read; give an mp4, webm, wav, mp3 or the like")
-    lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
-    video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers
-    pix_fmt = re.search(r": Video: [^,]+, (\w+)", video[0]) if video else None
-    return Streams(
-        pix_fmt=pix_fmt[1] if pix_fmt else None,
-        has_audio=any(": Audio:" in line for line in lines),
-        rotated=re.search(r"^\s*display ?matrix: rotation of -?(90|270)\.", banner, re.M | re.I) is not None,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ffmpeg
-
-
-def ffmpeg_exe() -> str:
-    """The ffmpeg binary: the one of imageio-ffmpeg, or what IMAGEIO_FFMPEG_EXE names."""
-    import imageio_ffmpeg
-
-    try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise ResourceError(f"no ffmpeg: {error}; run `pip install imageio-ffmpeg`") from None
-
-
-def run_ffmpeg(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([ffmpeg_exe(), "-nostdin", "-v", "error", *arguments], capture_output=True)
-
-
-def ffmpeg_url(path: str | os.PathLike) -> str:
-    """A path as ffmpeg must be told it: `-y`, `a:b.mp4` and `concat:x` are files, no flags or protocols."""
-    return f"file:{os.path.abspath(path)}"
-
-
-def readable_file(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give a media file")
-    return path
-
-
-def reasons(stderr: bytes, otherwise: str) -> list[str]:
-    """ffmpeg's error lines without the "[component @ address]" in front; `otherwise` if there are none."""
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    return [re.sub(r"^(\[[^]]*\] *)+", "", line.strip()) for line in lines] or [otherwise]
+    with tempfile.TemporaryFile() as stderr:  # a pipe that nobody reads could fill up
+        process = subprocess.Popen(
+            [ffmpeg_exe(), "-nostdin", "-v", "error", *command, "-f", "rawvideo", "pipe:1"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            bufsize=frame_bytes,
+        )
+        try:
+            for times in shown:
+                data = process.stdout.read(frame_bytes)
+                if len(data) < frame_bytes:
+                    break
+                for _ in range(times):
+                    yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
+            else:
+                data = process.stdout.read(1)  # nothing may be left
+                if process.wait() == 0 and not data:
+                    return
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+        stderr.seek(0)
+        raise InputError(f"{path} cannot be decoded: {reasons(stderr.read(), 'its size changes')[0]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs import download_command
 from errors import UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
-from models.lora import Lora, attach_loras, merge_loras, read_lora
+from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
 from models.wan.checkpoint import fingerprint, load_transformer
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.image_encoder import load_image_encoder
@@ -56,7 +56,7 @@ class Wan:
         self._beside: ModelMixin | None = None  # layers that are moved and freed with the transformer
         self._vae: WanVAE | None = None
         self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
-        self._live_loras = False
+        self._live_loras, self._lora_steps = False, (0.0, 1.0)
 
     # ------------------------------------------------------------------------------------------------ where files are
 
@@ -122,7 +122,7 @@ class Wan:
         self.check_files()
         shape = self.transformer_config
         needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
-        check_memory(self.settings, needed + beside, self.device)
+        check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
         if self.is_tiny:
             tiny.announce()
 
@@ -210,13 +210,19 @@ class Wan:
                 self._vae.to("cpu")
                 free_cached(self.device)
 
-    def transformer(self, expert: int) -> WanTransformer:
-        """The expert's transformer, ready to run on the device; other experts leave it unless all are resident."""
+    def transformer(self, expert: int, with_loras: bool = True) -> WanTransformer:
+        """The expert's transformer, ready to run on the device; other experts leave it unless all are resident.
+
+        with_loras: False switches live LoRAs off. What is kept from another state, a `Prompt`'s keys and values or an
+            `Identity`, is not right any more then.
+        """
         if self.memory == "model":
             self.release_transformers(keep=expert)
         if expert not in self._transformers:
             self._transformers[expert] = self._load_transformer(expert)
         transformer = self._transformers[expert]
+        if self._live_loras and any(lora.pairs for lora, _ in self._loras[expert]):
+            switch_loras(transformer, with_loras)
         return transformer.to(self.device) if self.memory == "model" else transformer
 
     def release_transformers(self, keep: int | None = None) -> None:
@@ -266,7 +272,13 @@ class Wan:
         if self.settings.compile:
             transformer.compile_repeated_blocks()
 
-    def use_loras(self, files: Sequence[Sequence[tuple[str, float]]], live: bool, partial: bool = False) -> None:
+    def use_loras(
+        self,
+        files: Sequence[Sequence[tuple[str, float]]],
+        live: bool,
+        partial: bool = False,
+        steps: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         """Change each expert's weights by these LoRAs, from its next loading on. The files are checked here, against a
         transformer without weights, so that a wrong one is refused before the right base is loaded.
 
@@ -274,20 +286,50 @@ class Wan:
             files: of each expert, (path, scale).
             live: compute them beside the weights instead of merging them in.
             partial: accept and list keys that do not apply.
+            steps: the shares of the steps from and up to which live ones work, see `with_loras`.
 
         Raises:
             WeightsError, InputError: `read_lora`.
+            UsageError: a file that cannot be switched off.
         """
         with torch.device("meta"):
             shape = WanTransformer(**self.transformer_config.as_dict())
         read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
-        self._live_loras = live
+        for path, lora in read.items():
+            if lora.full and steps != (0, 1):
+                raise UsageError(
+                    f"--lora_start, --lora_end: {path} changes {len(lora.full)} weights in full "
+                    f"({next(iter(lora.full))}, …), which cannot be switched off; leave them out"
+                )
+        self._live_loras, self._lora_steps = live, steps
         self._transformers.clear()
         self._free()
 
     def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
         return read_lora(path, shape, partial)
+
+    def with_loras(self, step: int, num_steps: int) -> bool:
+        """Whether the LoRAs work at this step of so many; the ends of their range are rounded to whole steps."""
+        start, end = (round(share * num_steps) for share in self._lora_steps)
+        return start <= step < end
+
+    def lora_bytes(self) -> int:
+        """What live LoRAs add to the device memory, by its memory mode (see `estimate_device_bytes`)."""
+        if not self._live_loras:
+            return 0
+        of_experts = [
+            sum(pair.down.numel() + pair.up.numel() for lora, _ in loras for pair in lora.pairs.values())
+            for loras in self._loras.values()
+        ]
+        largest = max(of_experts)
+        values = {
+            "resident": sum(of_experts),
+            "model": largest,
+            "group": 2 * largest // self.transformer_config.num_layers,
+            "sequential": 0,
+        }[self.memory]
+        return values * self.dtype.itemsize
 
     def use_attention_backend(self, name: str) -> None:
         """Run attention on another of diffusers' backends from now on."""

@@ -1,0 +1,78 @@
+"""ffmpeg: the binary that imageio-ffmpeg brings, how files are named to it, and what it says of a file's streams."""
+
+import functools
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import InputError, ResourceError
+from pipelines.video_conversion import StreamFormat
+
+
+def ffmpeg_exe() -> str:
+    """The ffmpeg binary: the one of imageio-ffmpeg, or what IMAGEIO_FFMPEG_EXE names."""
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ResourceError(f"no ffmpeg: {error}; run `pip install imageio-ffmpeg`") from None
+
+
+def run_ffmpeg(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([ffmpeg_exe(), "-nostdin", "-v", "error", *arguments], capture_output=True)
+
+
+@functools.lru_cache
+def has_filter(name: str) -> bool:
+    """Whether this ffmpeg has a filter: builds differ."""
+    return f" {name} ".encode() in run_ffmpeg("-filters").stdout
+
+
+def ffmpeg_url(path: str | os.PathLike) -> str:
+    """A path as ffmpeg must be told it: `-y`, `a:b.mp4` and `concat:x` are files, no flags or protocols."""
+    return f"file:{os.path.abspath(path)}"
+
+
+def readable_file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give a media file")
+    return path
+
+
+def reasons(stderr: bytes, otherwise: str) -> list[str]:
+    """ffmpeg's error lines without the "[component @ address]" in front; `otherwise` if there are none."""
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return [re.sub(r"^(\[[^]]*\] *)+", "", line.strip()) for line in lines] or [otherwise]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What ffmpeg's banner tells about a file."""
+
+    video: StreamFormat | None
+    has_audio: bool
+    stated_fps: float
+
+
+def probe_streams(path: str | os.PathLike) -> Streams:
+    """Which streams a media file has. imageio-ffmpeg brings no ffprobe, so this reads ffmpeg's banner.
+
+    Raises:
+        InputError: missing, or nothing that ffmpeg can read.
+    """
+    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", ffmpeg_url(readable_file(path))]
+    banner = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    if "Input #0" not in banner or "Input #0, tty" in banner:  # tty: ffmpeg would draw a text file as a video
+        raise InputError(f"{path} is no audio or video that ffmpeg can read; give an mp4, webm, wav, mp3 or the like")
+    lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
+    video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers
+    rate = re.search(r", ([\d.]+) fps", video[0]) if video else None
+    return Streams(
+        video=StreamFormat.from_banner(video[0]) if video else None,
+        has_audio=any(": Audio:" in line for line in lines),
+        stated_fps=float(rate[1]) if rate and float(rate[1]) > 0 else 25.0,
+    )
