@@ -23,7 +23,7 @@ from pipelines.wan import Wan
 
 
 class DanceWan(Wan):
-    """A Wan image-to-video model with a pose embedder, which is in the file of SVI-Dance's LoRA, the first one given."""
+    """A Wan image-to-video model with a pose embedder. It lies in the file of SVI-Dance's LoRA, the first given."""
 
     def pose_embedder(self) -> PoseEmbedder:
         if not self.settings.lora_path:  # the tiny model

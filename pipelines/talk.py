@@ -33,12 +33,18 @@ class TalkWan(Wan):
     """A Wan image-to-video model with MultiTalk's audio layers."""
 
     @property
-    def multitalk_path(self) -> Path:
-        return Path(self.settings.multitalk_path or part_path(load_config(LAYERS), "multitalk"))
+    def multitalk_path(self) -> Path | None:
+        """None: the tiny model's."""
+        return self._given_or_released(self.settings.multitalk_path, LAYERS, "multitalk")
 
     @property
-    def audio_encoder_path(self) -> Path:
-        return Path(self.settings.audio_encoder_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
+    def audio_encoder_path(self) -> Path | None:
+        return self._given_or_released(self.settings.audio_encoder_path, AUDIO_ENCODER, "audio_encoder")
+
+    def _given_or_released(self, given: str | None, config: str, part: str) -> Path | None:
+        if given is not None:
+            return Path(given)
+        return None if self.is_tiny else part_path(load_config(config), part)
 
     def check_files(self) -> None:
         super().check_files()
@@ -46,7 +52,7 @@ class TalkWan(Wan):
             ("--multitalk_path", self.multitalk_path, LAYERS),
             ("--audio_encoder_path", self.audio_encoder_path, AUDIO_ENCODER),
         ):
-            if not path.exists() and not self.is_tiny:
+            if path is not None and not path.exists():
                 raise WeightsError(f"{path}: no such weights ({flag}); {self.hint(load_config(config))}")
 
     def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
@@ -62,16 +68,14 @@ class TalkWan(Wan):
         return sum(p.numel() for p in layers.parameters()) * (1 if self.settings.fp8 else self.dtype.itemsize)
 
     def fingerprints(self) -> dict[str, str]:
-        files = super().fingerprints()
-        if not self.is_tiny:
-            files |= {str(path): fingerprint(path) for path in (self.multitalk_path, self.audio_encoder_path)}
-        return files
+        paths = (self.multitalk_path, self.audio_encoder_path)
+        return super().fingerprints() | {str(path): fingerprint(path) for path in paths if path is not None}
 
     def encode_speech(self, samples: numpy.ndarray, num_frames: int) -> Tensor:
         """The speech (N,) at 16 kHz as hidden states (F, 12, 768), one entry a video frame: bfloat16 on the CPU, as the
         released layers are given them, 26 MiB a minute. The encoder is freed before returning.
         """
-        if self.is_tiny:
+        if self.audio_encoder_path is None:
             encoder = tiny.tiny_audio_encoder(self.config)
         else:
             encoder = load_audio_encoder(self.audio_encoder_path, hint=self.hint(load_config(AUDIO_ENCODER)))
@@ -87,7 +91,7 @@ class TalkWan(Wan):
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         transformer = super()._read_transformer(expert, device)
-        if self.is_tiny:
+        if self.multitalk_path is None:
             self._beside = tiny.tiny_multitalk(self.config).set_compute_dtype(self.dtype)
         else:
             hint = self.hint(load_config(LAYERS))
