@@ -20,9 +20,12 @@ Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
 """
 
 import argparse
+import logging
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_lora_arguments
+
+logger = logging.getLogger("selfsame")
 
 # The names that upstream's scripts have for flags of ours.
 UPSTREAM_NAMES = {
@@ -88,7 +91,8 @@ def main(args: argparse.Namespace) -> None:
 
     from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
-    from pipelines.long_video import LongVideoMaker
+    from pipelines.drift_report import report
+    from pipelines.long_video import LongVideoMaker, open_existing
     from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
 
@@ -98,12 +102,14 @@ def main(args: argparse.Namespace) -> None:
     wan = load(settings, config, processes)
     jobs = processes.own(jobs)
     wan.check()
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial)
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
 
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
-    maker = make(wan, text, picture)
+    maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
     for job in jobs:
         print(maker.make(job))
+        if processes.writes and not settings.no_drift_report:
+            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(job.output))
     processes.close()
 
 

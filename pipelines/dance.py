@@ -39,8 +39,8 @@ class DanceMaker(LongVideoMaker):
 
     wan: DanceWan
 
-    def __init__(self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray):
-        super().__init__(wan, text, picture)
+    def __init__(self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Tensor | None = None):
+        super().__init__(wan, text, picture, existing)
         self.embedder = wan.pose_embedder()
         self.num_poses = probe(self.settings.pose_path).num_frames
         with open(self.settings.pose_path, "rb") as file:

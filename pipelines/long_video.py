@@ -7,11 +7,13 @@ Memory does not grow with the video, nothing is encoded twice, and an interrupte
 Source: Stable-Video-Infinity `test_svi.py`; branch svi_wan22 `inference_svi_2.0.py`, `inference_svi_2.0_pro.py`.
 """
 
+import collections
 import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -26,13 +28,48 @@ from pipelines.jobs import Job
 from pipelines.long_video_settings import LongVideoSettings, Variant
 from pipelines.memory import stage
 from pipelines.text_to_video import VideoMaker
-from pipelines.video_file import VideoWriter
+from pipelines.video_file import VideoInfo, VideoWriter, probe, same_encoding, stream_frames, write_video
 from pipelines.wan import Wan
 from preprocess.image import read_image
 
 logger = logging.getLogger("selfsame")
 
+FINEST = 10  # quality
 VAE_ADVICE = "try a smaller size or --vae_dtype bf16"
+
+
+@dataclass(frozen=True)
+class Existing:
+    """The video that is extended.
+
+    end: (1, 3, n, H, W) in [-1, 1], its last frames.
+    """
+
+    path: Path
+    info: VideoInfo
+    end: Tensor
+
+    def in_front_of(self, clip: Path, folder: Path) -> Path:
+        """The video as a file that can be joined with a clip: itself if this toolkit encoded it, else encoded anew."""
+        if same_encoding(self.path, clip):
+            return self.path
+        logger.warning("--extend %s: of another encoding than ours; its picture is encoded anew, finely", self.path)
+        copy = folder / "extended.mp4"
+        write_video(copy, (frame[None] for frame in stream_frames(self.path)), fps=self.info.fps, quality=FINEST)
+        return copy
+
+
+def open_existing(settings: LongVideoSettings) -> Existing:
+    """Read the end of the video to extend: the frames that the variant hands over, and for latents what the VAE has to
+    see before them."""
+    variant = Variant.of(settings.variant)
+    info = probe(settings.extend)
+    count = variant.motion_frames
+    if variant.hands_latents:
+        count = min(settings.num_frames, (info.num_frames - 1) // 4 * 4 + 1)
+    end = collections.deque(stream_frames(settings.extend), maxlen=count)
+    frames = torch.cat([picture_to_frame(frame, info.height, info.width) for frame in end], dim=2)
+    return Existing(Path(settings.extend), info, frames)
 
 
 class LongVideoMaker(VideoMaker):
@@ -45,12 +82,12 @@ class LongVideoMaker(VideoMaker):
         wan: the model.
         text: states of every prompt, with its prefix, and of the negative prompt.
         picture: (H, W, 3) uint8, the first frame, and what later clips are kept close to.
-        existing: the end of the video that is extended, (1, 3, n, H, W) in [-1, 1]; None starts from the picture.
+        existing: the video that is extended; None starts from the picture.
     """
 
     settings: LongVideoSettings
 
-    def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Tensor | None = None):
+    def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
         super().__init__(wan, text, faces=[])
         settings = self.settings
         self.variant = Variant.of(settings.variant)
@@ -61,22 +98,25 @@ class LongVideoMaker(VideoMaker):
             self.end = picture_to_frame(crop_to_shape(read_image(settings.end_image, "--end_image"), *size), *size)
         self.picture_hashes = [
             None if frames is None else hashlib.sha256(frames.numpy().tobytes()).hexdigest()
-            for frames in (self.reference, self.end, existing)
+            for frames in (self.reference, self.end, existing and existing.end)
         ]
-        self.before: list[Path] = []  # the video that is extended, as it is put in front
+        self.existing = existing
+        if existing is not None and existing.info.has_audio:
+            self.audio_path, self.audio_start = existing.path, existing.info.start
         self.first_handed: Tensor | None = None  # what the first clip goes on from, of a video that is extended
         if self.variant.hands_latents or existing is not None:
             with wan.vae() as vae, torch.no_grad(), stage("encoding the picture", VAE_ADVICE):
                 if self.variant.hands_latents:
                     self.anchor = vae.encode(self.reference).cpu()  # (1, C, 1, h, w), once for all clips
                 if existing is not None and self.variant.hands_latents:
-                    self.first_handed = vae.encode(existing)[:, :, -self.variant.motion_latents :].cpu()
+                    self.first_handed = vae.encode(existing.end)[:, :, -self.variant.motion_latents :].cpu()
                 elif existing is not None:
-                    self.first_handed = existing[:, :, -self.variant.motion_frames :]
+                    self.first_handed = existing.end
         self._has_svi = True  # whether SVI's LoRA is in the weights
         # Of the clip that is being made:
         self.clip: Clip | None = None
-        self._last: Tensor | None = None
+        self._condition: Tensor | None = None  # y, (1, 4 + C, F, h, w)
+        self._last: Tensor | None = None  # its last frames, (1, 3, n, H, W)
 
     # ------------------------------------------------------------------------------------------------- the video
 
@@ -89,7 +129,12 @@ class LongVideoMaker(VideoMaker):
         metadata = self.metadata(job)
         store = ClipStore(job.output, self.content(metadata), clips)
         writer = VideoWriter(
-            job.output, fps=settings.fps, quality=settings.quality, metadata=metadata, audio_path=self.audio_path
+            job.output,
+            fps=settings.fps,
+            quality=settings.quality,
+            metadata=metadata,
+            audio_path=self.audio_path,
+            audio_start=self.audio_start,
         )
         with writer if processes.writes else contextlib.nullcontext():
             done, handed = processes.share(store.load() if processes.writes else None)
@@ -100,7 +145,10 @@ class LongVideoMaker(VideoMaker):
             if processes.writes:
                 ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
                 writer.describe(metadata | {"ran_with": ran_with})
-                writer.join([*self.before, *store.paths])
+                videos = store.paths
+                if self.existing is not None:
+                    videos = [self.existing.in_front_of(videos[0], store.folder), *videos]
+                writer.join(videos)
         processes.wait()
         if processes.writes:
             store.remove()
@@ -130,11 +178,11 @@ class LongVideoMaker(VideoMaker):
         """y, and the CLIP features of the first handed-over frame for the models that take them."""
         variant, num_frames, device = self.variant, self.settings.num_frames, self.wan.device
         if variant.hands_latents:
-            self.condition = latents_to_condition(self.anchor, handed, latent_frames(num_frames)).to(device)
+            self._condition = latents_to_condition(self.anchor, handed, latent_frames(num_frames)).to(device)
             return
         frames = self.reference if handed is None else handed
         with self.wan.vae() as vae, torch.no_grad(), stage("encoding the condition", VAE_ADVICE):
-            self.condition = frames_to_condition(
+            self._condition = frames_to_condition(
                 vae,
                 frames,
                 num_frames,
@@ -143,6 +191,9 @@ class LongVideoMaker(VideoMaker):
                 end=self.end if is_last else None,
             ).y.to(device)
         self.image_features = self.wan.encode_images([frames[:, :, 0]])
+
+    def conditions(self) -> dict:
+        return {"condition": self._condition}
 
     def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
         """The frames that the clip keeps; its last ones are put by for the next clip, in float32."""
@@ -159,7 +210,8 @@ class LongVideoMaker(VideoMaker):
         """Run with SVI's LoRA, or without; those beside it stay."""
         if wanted != self._has_svi:
             settings = self.settings if wanted else self.settings.without_svi()
-            self.wan.use_loras(settings.lora_files(self.wan.num_experts), settings.live_loras, settings.lora_partial)
+            files = settings.lora_files(self.wan.num_experts)
+            self.wan.use_loras(files, settings.live_loras, settings.lora_partial, settings.lora_steps)
             self._has_svi = wanted
 
     # -------------------------------------------------------------------------------------------------- metadata
@@ -177,7 +229,8 @@ class LongVideoMaker(VideoMaker):
         metadata["settings"]["prompt"] = self.settings.prompt
         clips = self.settings.clips(job.seed)
         lengths = [len(clip.kept) for clip in clips]
-        starts = numpy.cumsum([0, *lengths]).tolist()
+        before = [self.existing.info.num_frames] if self.existing is not None else [0]
+        starts = numpy.cumsum(before + lengths).tolist()
         return metadata | {
             "pictures": self.picture_hashes,
             "clips": [

@@ -25,7 +25,7 @@ from pipelines.clip_plan import (
 from pipelines.control_video import probe_argument
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, resolve_settings
-from pipelines.video_file import read_frames, safe_name
+from pipelines.video_file import read_metadata, safe_name, stream_frames
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
 from preprocess.prompts import read_prompt_stream
@@ -181,6 +181,8 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     check_lora_settings(settings, config, args)
     if settings.extend is not None and args.fps is not None:
         raise UsageError("--fps with --extend: the video goes on at its own rate; leave it out")
+    if settings.extend is not None and args.seed is None and not resumed:
+        settings = dataclasses.replace(settings, seed=(next_seed(settings),))
     picture = read_picture(settings, config)
     settings = follow_picture(settings, picture, None if resumed else (args.height, args.width))
     settings = follow_driver(settings, rate_is_given=resumed or args.fps is not None)
@@ -331,7 +333,7 @@ def read_picture(settings: LongVideoSettings, config: dict) -> numpy.ndarray:
         return read_image(settings.ref_image_path, "--ref_image_path")
     if settings.extend is not None:
         probe_argument("--extend", settings.extend)
-        return read_frames(settings.extend)[0]
+        return next(stream_frames(settings.extend))
     if config.get("tiny"):
         return read_image(PROJECT / "assets" / "face.png")
     raise UsageError(
@@ -375,6 +377,15 @@ def follow_video(settings: LongVideoSettings, given: tuple[int | None, int | Non
     if info.num_frames < chain.overlap:
         raise InputError(f"--extend {settings.extend}: {info.num_frames} frames; at least {chain.overlap} are needed")
     return dataclasses.replace(settings, height=info.height, width=info.width, fps=info.fps)
+
+
+def next_seed(settings: LongVideoSettings) -> int:
+    """A seed that the clips of the video to extend have not had: the same noise again would add its marks up."""
+    try:
+        clips = read_metadata(settings.extend)["clips"]
+        return clips[-1]["seed"] + settings.seed_multiplier
+    except (InputError, LookupError, TypeError):  # no record, or another kind of video
+        return settings.seed[0]
 
 
 def size_on_area(height: int, width: int, area: int) -> tuple[int, int]:

@@ -106,8 +106,8 @@ class TalkMaker(LongVideoMaker):
     wan: TalkWan
     branches = (POSITIVE, NEGATIVE, UNCONDITIONAL)
 
-    def __init__(self, wan: TalkWan, text: dict[str, Tensor], picture: numpy.ndarray):
-        super().__init__(wan, text, picture)
+    def __init__(self, wan: TalkWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Tensor | None = None):
+        super().__init__(wan, text, picture, existing)
         self.audio_path = self.settings.audio_path
         samples = read_audio(self.audio_path, argument="--audio_path")
         self.audio_hash = hashlib.sha256(samples.tobytes()).hexdigest()

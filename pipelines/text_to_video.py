@@ -81,9 +81,8 @@ class VideoMaker:
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
     audio_start: float = 0.0  # seconds into it at which the video begins
-    condition: Tensor | None = None  # concatenated channels (1, 4 + C, F, h, w), in the modes that start from pictures
     branches: tuple[str, ...] = (POSITIVE, NEGATIVE)  # of the guidance
-    image_features: Tensor | None = None  # CLIP's, (1, 257, 1280), for the models that take them
+    image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
@@ -157,7 +156,7 @@ class VideoMaker:
                         noise,
                         self.schedule,
                         self.experts(job),
-                        condition=self.condition,
+                        **self.conditions(),
                         after_step=self.after_step,
                         on_step=on_step,
                         resume=resume,
@@ -220,6 +219,10 @@ class VideoMaker:
         config = self.wan.transformer_config
         size = (config.out_dim, self.settings.num_frames, self.settings.height, self.settings.width)
         return initial_noise(size, job.seed, config.vae_spatial_factor).to(self.wan.device)
+
+    def conditions(self) -> dict:
+        """What `denoise` is given of pictures (`condition`, `pinned`): nothing here."""
+        return {}
 
     def after_step(self, step: int, sample: Tensor) -> Tensor:
         """What is done to the sample after each step: nothing here; a background is put back where one is kept."""

@@ -478,6 +478,17 @@ def read_metadata(path: str | os.PathLike) -> dict:
 # Reading
 
 
+def same_encoding(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two videos have one codec, size, clock and header, so that `VideoWriter.join` can put them together."""
+
+    def header(file) -> list[str]:
+        result = run_ffmpeg("-i", ffmpeg_url(file), "-map", "0:V:0", "-c", "copy", "-f", "framehash", "pipe:1")
+        names = ("#extradata", "#codec_id", "#dimensions", "#tb")
+        return [line for line in result.stdout.decode().splitlines() if line.startswith(names)]
+
+    return header(path) == header(other) != []
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video is, as `read_frames` gives it."""

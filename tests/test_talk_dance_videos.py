@@ -22,7 +22,19 @@ from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
 from tests.test_talk_dance import lora_tensors
 
 PROJECT = Path(__file__).parent.parent
-SMALL = ["--config", "tiny-i2v", "--height", "64", "--width", "96", "--num_inference_steps", "2", "--quality", "10"]
+SMALL = [
+    "--config",
+    "tiny-i2v",
+    "--height",
+    "64",
+    "--width",
+    "96",
+    "--num_inference_steps",
+    "2",
+    "--quality",
+    "10",
+    "--no_drift_report",
+]
 CLIP = 9  # frames of a clip of the tiny model
 NUM_POSES = 20
 
