@@ -1,7 +1,5 @@
 """infer_long_video.py --variant talk and dance as a user runs them, on the tiny model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -21,7 +19,6 @@ from pipelines.video_file import probe, read_frames, read_metadata, write_video
 from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
 from tests.test_talk_dance import lora_tensors
 
-PROJECT = Path(__file__).parent.parent
 SMALL = [
     "--config",
     "tiny-i2v",
@@ -114,13 +111,11 @@ def test_every_clip_hears_its_own_moment(sound, talking, tmp_path, monkeypatch):
     assert (frames == talking).all()
 
 
-def test_other_speech_makes_another_video_from_the_moment_that_differs(sound, talking, tmp_path):
-    other = read_audio(sound).copy()
-    other[len(other) // 2 :] = 0
-    write_wav(tmp_path / "half.wav", other, SAMPLE_RATE)
-    frames = make(tmp_path / "half.mp4", "--variant", "talk", "--audio_path", tmp_path / "half.wav")
-    assert frames.shape == talking.shape
-    assert (frames[-4:] != talking[-4:]).any()
+def test_other_speech_makes_another_video(talking, tmp_path):
+    other = write_sound(tmp_path / "other.wav", 0.81, pitch=700)
+    frames = make(tmp_path / "out.mp4", "--variant", "talk", "--audio_path", other, "--num_clips", 1)
+    assert len(frames) == CLIP
+    assert abs(frames.astype(int) - talking[:CLIP]).mean() > 1
 
 
 def test_an_interrupted_talk_goes_on_and_is_the_same(sound, talking, tmp_path, monkeypatch):
@@ -170,7 +165,7 @@ def test_layers_come_from_the_file_that_is_given(sound, talking, tmp_path):
     save_file(tensors, tmp_path / "m.safetensors")
     same = make(tmp_path / "same.mp4", *flags)
     assert len(same) == 2 * CLIP - 1
-    assert abs(same.astype(int) - talking[: len(same)]).mean() < 0.5  # mapped weights lie elsewhere in memory
+    assert abs(same.astype(int) - talking[: len(same)]).mean() < 0.1  # mapped weights lie elsewhere in memory
     save_file({name: -tensor for name, tensor in tensors.items()}, tmp_path / "m.safetensors")
     assert abs(make(tmp_path / "other.mp4", *flags).astype(int) - same).mean() > 1
 
@@ -190,11 +185,10 @@ def test_the_video_has_a_frame_for_each_pose_at_their_rate(poses, dancing):
     assert read_metadata(poses.with_name("dance.mp4"))["settings"]["guidance_scale"] == [2.0]
 
 
-def test_other_poses_make_another_video(poses, dancing, tmp_path):
+def test_other_poses_make_another_video(dancing, tmp_path):
     other = write_poses(tmp_path / "other.mp4", step=1)
-    frames = make(tmp_path / "out.mp4", "--variant", "dance", "--pose_path", other)
-    assert frames.shape == dancing.shape
-    assert abs(frames.astype(int) - dancing)[4:].mean() > 1
+    frames = make(tmp_path / "out.mp4", "--variant", "dance", "--pose_path", other, "--num_clips", 1)
+    assert abs(frames[: CLIP - 1].astype(int) - dancing[: CLIP - 1]).mean() > 0.3
 
 
 def test_more_clips_than_poses_start_over(poses, caplog):
@@ -214,15 +208,20 @@ def test_the_last_pose_is_held_in_frames_that_are_cut_off(poses):
 def test_the_released_file_brings_lora_and_embedder(poses, dancing, tmp_path):
     tensors = tiny_pose_embedder(load_config("tiny-i2v")).state_dict()
     embedder = {f"{KEY}{name}": tensor for name, tensor in tensors.items()}
-    without_effect = {name: 0 * t if "lora_B" in name else t for name, t in lora_tensors().items()}
-    for number, lora in enumerate((without_effect, lora_tensors())):
-        save_file(lora | embedder, tmp_path / "svi-dance.safetensors")
-        flags = ("--variant", "dance", "--pose_path", poses, "--lora_path", tmp_path / "svi-dance.safetensors")
-        difference = abs(make(tmp_path / f"{number}.mp4", *flags).astype(int) - dancing).mean()
-        assert difference < 0.5 if number == 0 else difference > 1
+    without_effect = {name: 0 * tensor if "lora_B" in name else tensor for name, tensor in lora_tensors().items()}
+    flags = ("--variant", "dance", "--pose_path", poses, "--lora_path", tmp_path / "svi-dance.safetensors")
+
+    def difference(output: str) -> float:
+        frames = make(tmp_path / output, *flags, "--num_clips", 2)
+        return abs(frames[: CLIP - 1].astype(int) - dancing[: CLIP - 1]).mean()
+
+    save_file(without_effect | embedder, tmp_path / "svi-dance.safetensors")
+    assert difference("same.mp4") < 0.1  # mapped weights lie elsewhere in memory
+    save_file(lora_tensors() | embedder, tmp_path / "svi-dance.safetensors")
+    assert difference("other.mp4") > 1
     save_file(lora_tensors(), tmp_path / "svi-dance.safetensors")
     with pytest.raises(WeightsError, match="no pose embedder in it"):
-        make(tmp_path / "none.mp4", *flags)
+        difference("none.mp4")
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -257,10 +256,7 @@ def test_what_cannot_be_is_refused(flags, error, words, sound, poses, tmp_path):
         make(tmp_path / "out.mp4", *flags)
 
 
-def test_missing_weights_end_with_their_code_and_the_command(sound, tmp_path):
-    flags = ["--config", "tiny-i2v", "--variant", "talk", "--audio_path", sound, "--output", tmp_path / "out.mp4"]
-    command = [sys.executable, "infer_long_video.py", *map(str, flags), "--multitalk_path", "none.safetensors"]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert result.returncode == 4
-    assert "none.safetensors: no such weights (--multitalk_path); run: python download_models.py" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_missing_layers_are_named_with_the_command(sound, tmp_path):
+    flags = ("--variant", "talk", "--audio_path", sound, "--multitalk_path", "none.safetensors")
+    with pytest.raises(WeightsError, match="none.safetensors: no such weights .--multitalk_path.; run: .* multitalk"):
+        make(tmp_path / "out.mp4", *flags)
