@@ -2,14 +2,16 @@
 
     python infer_face_swap.py                              the tiny untrained model on a short clip of assets/face.png
     python infer_face_swap.py --wan_version 2.1 --ip_image me.jpg --input_video walk.mp4 \\
-        --prompt "A woman walks along a beach" --force_background_consistency
+        --prompt "A woman walks along a beach"
+    python infer_face_swap.py … --force_background_consistency     hold the background while denoising, too
+    python infer_face_swap.py … --no_composite             all that the model drew, not its face in the input's picture
     python infer_face_swap.py … --denoising_strength 0.7   closer to the pasted photo (0.85); 1 keeps nothing of it
     python infer_face_swap.py … --target_face_index 0      whom to replace: from the left, in the first frame with faces
     python infer_face_swap.py --config out.json --output again.mp4
 
-Size, length, rate and sound are the input video's. Without --force_background_consistency the model redraws the whole
-picture while the face is in it; with it, all pixels away from the face stay the input's. Longer videos are worked on in
-overlapping windows of --num_frames. Weights: python download_models.py --wan_version 2.1.
+Size, length, rate and sound are the input video's. The model's face is put into the input's picture, its colours
+matched; all pixels away from it stay the input's. Longer shots are worked on in overlapping windows of --num_frames,
+which never span a cut. Weights: python download_models.py --wan_version 2.1.
 """
 
 import argparse
@@ -29,7 +31,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--force_background_consistency",
         action="store_true",
         default=None,
-        help="keep the input's own pixels outside the face",
+        help="hold the input's background at every step, for the smoothest seam",
+    )
+    swap.add_argument(
+        "--no_composite", action="store_true", default=None, help="write the whole picture as the model drew it"
     )
     swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
     add_common_arguments(parser)

@@ -51,13 +51,14 @@ class VaceBlock(WanBlock):
             self.before_proj = nn.Linear(dim, dim)
         self.after_proj = nn.Linear(dim, dim)
 
-    def forward(self, control: Tensor, ctx: BlockContext, video: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, control: Tensor, ctx: BlockContext, prompt: PromptBlock | None, video: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """control (B, L, D) float32, video (B, L, D) for the first block -> control and hint, both (B, L, D)."""
         if video is not None:
             control = video + self.before_proj(control.to(ctx.dtype))
-        # The video alone: no identity and no other plug-in is seen here. The prompt's keys are computed at each call, a
-        # fraction of a percent of the block's work at usual sizes.
-        control = super().forward(control, ctx, BlockSlots(prompt=PromptBlock(keeps=False)))
+        # The video alone: no identity and no other plug-in is seen here.
+        control = super().forward(control, ctx, BlockSlots(prompt=prompt))
         return control, self.after_proj(control.to(ctx.dtype))
 
 
@@ -132,12 +133,14 @@ class VaceBranch(ModelMixin, ConfigMixin, AttentionMixin):
             def add_hint(j: int, x: Tensor) -> Tensor:
                 assert state["next"] == j, "a base block ran twice, or out of order"
                 state["next"] = j + 1
+                block = self.vace_blocks[j]
+                prompt = None if ctx.prompt is None else ctx.prompt.block(block)
                 if j == 0:
                     video = state.pop("video")
                     control = self(contexts, video, ctx)
-                    control, hint = self.vace_blocks[0](control, ctx, video)
+                    control, hint = block(control, ctx, prompt, video)
                 else:
-                    control, hint = self.vace_blocks[j](state["control"], ctx)
+                    control, hint = block(state["control"], ctx, prompt)
                 if j + 1 < len(layers):
                     state["control"] = control
                 else:

@@ -7,7 +7,9 @@ numbers (`sampled_mask`, `keep_background`); what the pipeline does by default i
 * A latent frame stands for four frames, so its mask holds the face of all four; upstream samples one of them, and a
   moving face leaves its outline behind.
 * Stretches longer than one clip are denoised in overlapping windows of one sample (`plan_windows`): no seams in time.
-* With `force_background_consistency` the face is put into the input's own pixels at the end.
+* Windows never span a cut: the model would blend one shot into the next.
+* The face is put into the input's own pixels at the end, its colours matched, unless `no_composite` asks for what the
+  model drew. With `force_background_consistency` the background is also held while denoising.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ from preprocess.face_detection import Face, load_detector
 from preprocess.face_paste import (
     composite,
     fill_gaps,
+    find_cuts,
     follow_face,
     pad_to_multiple,
     paste_face,
@@ -89,7 +92,7 @@ def face_mask(masks: Tensor, cell: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """Frames start to stop of the input, all with the face; first_latent is where they begin in the sample."""
+    """Frames start to stop of the input, of one shot, all with the face; first_latent: where they are in the sample."""
 
     start: int
     stop: int
@@ -102,16 +105,19 @@ class Segment:
         return slice(self.first_latent, self.first_latent + count)
 
 
-def plan_segments(has_face: Sequence[bool]) -> list[Segment]:
-    """The stretches of a video that show the face. What lies between them passes through."""
+def plan_segments(has_face: Sequence[bool], cuts: Sequence[int] = ()) -> list[Segment]:
+    """The stretches of a video that show the face, each within one shot. What lies between them passes through.
+
+    cuts: the frames with which a new shot begins.
+    """
     segments: list[Segment] = []
     start = None
     for i, shown in enumerate([*has_face, False]):
-        if shown and start is None:
-            start = i
-        elif not shown and start is not None:
+        if start is not None and (not shown or i in cuts):
             segments.append(Segment(start, i, segments[-1].latents.stop if segments else 0))
             start = None
+        if shown and start is None:
+            start = i
     return segments
 
 
@@ -185,16 +191,19 @@ class SwapVideo:
     Args:
         frames: (F, H, W, 3) uint8.
         faces: of each frame the face to replace, or None.
+        cuts: the frames with which a new shot begins.
         face: the photo's.
         source: its five points, or None.
         parser: for box mode.
         multiple: of pixels that the model's sides must be.
     """
 
-    def __init__(self, frames, faces: list[Face | None], face: FaceImage, source, parser, multiple: int):
+    def __init__(
+        self, frames, faces: list[Face | None], cuts: Sequence[int], face: FaceImage, source, parser, multiple: int
+    ):
         self.frames, self.faces, self.face, self.source = frames, faces, face, source
         self.parser, self.multiple = parser, multiple
-        self.segments = plan_segments([face is not None for face in faces])
+        self.segments = plan_segments([face is not None for face in faces], cuts)
 
     def pasted(self, segment: Segment) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
         """By groups of a segment: the frames with the face pasted (f, H', W', 3), padded to the model's sides and, at
@@ -227,7 +236,10 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
     name = settings.input_video
     frames = read_frames(name)  # (F, H, W, 3)
     detections = [detector(frame) for frame in frames]
-    faces = fill_gaps(follow_face(detections, settings.target_face_index))
+    cuts = find_cuts(frames)
+    if cuts:
+        logger.info("%s: new shots begin at frames %s", name, ", ".join(map(str, cuts)))
+    faces = fill_gaps(follow_face(detections, settings.target_face_index, cuts), cuts)
     shown = sum(face is not None for face in faces)
     if not shown:
         raise InputError(
@@ -241,7 +253,7 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
     logger.info("%s: the face is in %d of %d frames; the others pass through", name, shown, len(frames))
     if isinstance(parser, BiSeNetParser):  # on frames upstream feeds it what it was trained on
         parser = load_parser(settings.face_parser_path, "imagenet")
-    return SwapVideo(frames, faces, face, source_keypoints(face.rgba, detector), parser, multiple)
+    return SwapVideo(frames, faces, cuts, face, source_keypoints(face.rgba, detector), parser, multiple)
 
 
 class FaceSwapMaker(VideoMaker):
@@ -331,11 +343,11 @@ class FaceSwapMaker(VideoMaker):
             yield self.video.frames[i : i + 1]
 
     def _finish(self, generated: numpy.ndarray, first: int, segment: Segment, mask: numpy.ndarray) -> numpy.ndarray:
-        """Cut off what padding added, in time and on the sides; put the face into the input's pixels where asked."""
+        """Cut off what padding added, in time and on the sides; put the face into the input's pixels."""
         originals = self.video.frames[first : min(first + len(generated), segment.stop)]
         height, width = originals.shape[1:3]
         generated = generated[: len(originals), :height, :width]
-        if not self.settings.force_background_consistency:
+        if self.settings.no_composite:
             return generated
         mask = mask[:height, :width]
         return numpy.stack([composite(a, b, mask) for a, b in zip(originals, generated, strict=True)])

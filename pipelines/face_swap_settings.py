@@ -28,6 +28,7 @@ class FaceSwapSettings(Settings):
     input_video: str | None = None  # None: a clip made from the photo in assets/, for the tiny model only
     denoising_strength: float = 0.85  # share of the noise range that is run: 1 keeps nothing of the pasted face
     force_background_consistency: bool = False
+    no_composite: bool = False
     target_face_index: int | None = None
 
 
@@ -46,6 +47,11 @@ def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInf
     strength = settings.denoising_strength
     if not (isinstance(strength, int | float) and 0 < strength <= 1):
         raise UsageError(f"--denoising_strength {strength}: accepted are numbers above 0, to 1")
+    if settings.no_composite and settings.force_background_consistency:
+        raise UsageError(
+            "--no_composite with --force_background_consistency: one writes what the model drew, the other keeps the "
+            "input's pixels; choose one"
+        )
     if settings.target_face_index is not None and settings.target_face_index < 0:
         raise UsageError(f"--target_face_index {settings.target_face_index}: faces are counted from 0, from the left")
     if len(settings.ip_image) != 1:

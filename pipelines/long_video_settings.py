@@ -95,6 +95,7 @@ class LongVideoSettings(LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
+    real_model: ClassVar[str] = "python download_models.py --only wan2.1-i2v-14B-480P svi-shot, then add --variant shot"
 
     ip_image: tuple[str, ...] = ()
     variant: str = "shot"
@@ -227,10 +228,14 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
         )
     if settings.boundary is not None and not config.get("experts"):
         raise UsageError(f"--boundary: {config['name']} is one model; there are no experts to switch")
-    if settings.num_frames <= (overlap := variant.chain(81).overlap):
+    shared = variant.chain(81).overlap
+    if settings.extend is not None and variant.drops == "earlier":  # the first clip gives up frames at both ends
+        shared *= 2
+    if settings.num_frames <= shared:
+        least = shared // 4 * 4 + 5 if shared % 4 else shared + 1
         raise UsageError(
-            f"--num_frames {settings.num_frames}: a clip of {variant.name} shares {overlap} frames with the one "
-            f"before; give at least {overlap + 4}"
+            f"--num_frames {settings.num_frames}: clips of {variant.name} share {shared} frames with their neighbours; "
+            f"give at least {least}"
         )
     if settings.end_image is not None and not variant.end_image:
         raise UsageError(f"--end_image: {variant.name} was not made for one; use --variant 2.0")
@@ -373,9 +378,12 @@ def follow_video(settings: LongVideoSettings, given: tuple[int | None, int | Non
         raise InputError(
             f"--extend {settings.extend}: {info.width}x{info.height}; sides of {GRID}n are needed: scale or crop it"
         )
-    chain = Variant.of(settings.variant).chain(settings.num_frames)
-    if info.num_frames < chain.overlap:
-        raise InputError(f"--extend {settings.extend}: {info.num_frames} frames; at least {chain.overlap} are needed")
+    least = max(2, Variant.of(settings.variant).chain(settings.num_frames).overlap)
+    if info.num_frames < least:
+        raise InputError(
+            f"--extend {settings.extend}: {info.num_frames} frames, at least {least} are needed; give a picture to "
+            "--ref_image_path"
+        )
     return dataclasses.replace(settings, height=info.height, width=info.width, fps=info.fps)
 
 

@@ -36,12 +36,12 @@ logger = logging.getLogger("selfsame")
 PROJECT = Path(__file__).parent.parent
 
 
-def announce() -> None:
+def announce(real_model: str) -> None:
     """Say what the tiny model is; and keep torch to one thread, as its layers are smaller than what threads cost."""
     torch.set_num_threads(1)
     logger.warning(
-        "the tiny model is UNTRAINED: it shows that everything runs, its video is noise. For the real one: "
-        "python download_models.py --wan_version 2.1, then add --wan_version 2.1"
+        "the tiny model is UNTRAINED: it shows that everything runs, its video is noise. For the real one: %s",
+        real_model,
     )
 
 

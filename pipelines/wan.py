@@ -124,7 +124,7 @@ class Wan:
         needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
         check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
         if self.is_tiny:
-            tiny.announce()
+            tiny.announce(self.settings.real_model)
 
     def check_files(self) -> None:
         """Say what is missing before anything is loaded.
@@ -303,8 +303,9 @@ class Wan:
                     f"({next(iter(lora.full))}, …), which cannot be switched off; leave them out"
                 )
         self._live_loras, self._lora_steps = live, steps
-        self._transformers.clear()
-        self._free()
+        if self._transformers:
+            self._transformers.clear()
+            self._free()
 
     def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
         return read_lora(path, shape, partial)

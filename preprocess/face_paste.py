@@ -1,7 +1,8 @@
 """The photo's face laid over the face of every frame of a video, and the mask of where it was laid.
 
     source = source_keypoints(face.rgba, detector)                       # (5, 2), or None: box mode
-    faces = fill_gaps(follow_face([detector(frame) for frame in video], video.shape[1:3]))
+    cuts = find_cuts(video)
+    faces = fill_gaps(follow_face([detector(frame) for frame in video], cuts=cuts), cuts)
     frame, mask = paste_face(video[i], faces[i], face.rgba, source, parser)
 
 Source: Stand-In's preprocessor/videomask_generator.py, whose numbers `largest_face` and `paste_face` reproduce. The
@@ -9,6 +10,7 @@ rest is ours: one person is followed through the video, frames the detector miss
 and the generated face takes on the light of the frame it is put into.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +23,36 @@ CONFIDENCE = 0.5  # a face of a lower score is left alone
 FACE_CLASSES = range(1, 14)  # of the parser: skin, brows, eyes, glasses, ears, earring, nose, mouth, lips
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shots
+
+CUT_CHANGE = 12.0  # levels of 255: a smaller change from frame to frame is no cut,
+CUT_RATIO = 3.0  # nor one that is less than so many times that of its neighbours
+
+
+def find_cuts(frames: np.ndarray) -> list[int]:
+    """The frames (F, H, W, 3) uint8 with which a new shot begins.
+
+    The measure is how far red, green and blue change from one frame to the next, on average over pictures shrunk to a
+    width of 64 pixels. A cut is a peak of it: above `CUT_CHANGE`, and `CUT_RATIO` times the mean of the two changes
+    before and after. So a fast pan, in which all frames change, is none (nor is a cut within one). Fades are not looked
+    for.
+    """
+    import cv2
+
+    if len(frames) < 2:
+        return []
+    height = max(1, round(64 * frames.shape[1] / frames.shape[2]))
+    small = [cv2.resize(frame, (64, height), interpolation=cv2.INTER_AREA).astype(np.float32) for frame in frames]
+    changes = [np.abs(after - before).mean() for before, after in zip(small, small[1:], strict=False)]  # (F - 1,)
+    cuts = []
+    for i, change in enumerate(changes):
+        around = changes[max(i - 2, 0) : i] + changes[i + 1 : i + 3]
+        if change > max(CUT_CHANGE, CUT_RATIO * np.mean(around or [0.0])):
+            cuts.append(i + 1)
+    return cuts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Which face
 
 
@@ -30,13 +62,15 @@ def largest_face(faces: list[Face], confidence: float = CONFIDENCE) -> Face | No
     return largest if largest is not None and largest.score > confidence else None
 
 
-def follow_face(detections: list[list[Face]], index: int | None = None) -> list[Face | None]:
+def follow_face(detections: list[list[Face]], index: int | None = None, cuts: Sequence[int] = ()) -> list[Face | None]:
     """One person through a video: frame by frame the face that overlaps the last one most.
 
     Args:
         detections: the faces of each frame.
         index: whom to follow, counted from the left from 0 in the first frame that shows faces; where nobody overlaps
-            the person's last place, the person is away. None: the largest face, and the largest again after each loss.
+            the person's last place, the person is away. None: the largest face, and the largest again after each loss
+            and each cut.
+        cuts: from `find_cuts`.
 
     Raises:
         UsageError: that frame has fewer faces.
@@ -45,6 +79,8 @@ def follow_face(detections: list[list[Face]], index: int | None = None) -> list[
     last = None
     for number, found in enumerate(detections):
         faces = [face for face in found if face.score > CONFIDENCE]
+        if number in cuts and index is None:
+            last = None
         face = max(faces, key=lambda face: overlap(face.box, last.box), default=None) if last else None
         if face is not None and overlap(face.box, last.box) == 0:
             face = None
@@ -64,17 +100,19 @@ def follow_face(detections: list[list[Face]], index: int | None = None) -> list[
     return followed
 
 
-def fill_gaps(faces: list[Face | None], longest: int = 8) -> list[Face | None]:
+def fill_gaps(faces: list[Face | None], cuts: Sequence[int] = (), longest: int = 8) -> list[Face | None]:
     """Faces between the frames before and after a short gap in which the detector saw nothing.
 
-    A gap stays when it is longer than `longest` frames, or when the face on its other side is somewhere else: then it
-    is a cut, not a blink of the detector.
+    A gap stays when it is longer than `longest` frames, when there is a cut in it, or when the face on its other side
+    is somewhere else.
     """
     filled = list(faces)
     known = [i for i, face in enumerate(faces) if face is not None]
     for before, after in zip(known, known[1:], strict=False):
         start, stop = faces[before], faces[after]
         if not 1 < after - before <= longest + 1 or overlap(start.box, stop.box) == 0:
+            continue
+        if any(before < cut <= after for cut in cuts):
             continue
         for i in range(before + 1, after):
             share = (i - before) / (after - before)

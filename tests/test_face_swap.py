@@ -9,6 +9,7 @@ import time
 import wave
 from pathlib import Path
 
+import cv2
 import numpy
 import pytest
 import torch
@@ -22,7 +23,17 @@ from pipelines.face_swap_settings import make_demo_clip
 from pipelines.job_state import JobState
 from pipelines.video_file import VideoWriter, probe, read_frames, read_metadata, run_ffmpeg, write_video
 from preprocess.face_detection import Face
-from preprocess.face_paste import align, composite, fill_gaps, follow_face, match_colours, paste_aligned, soften
+from preprocess.face_paste import (
+    align,
+    composite,
+    fill_gaps,
+    find_cuts,
+    follow_face,
+    match_colours,
+    paste_aligned,
+    soften,
+)
+from tests.test_input_videos import encode, ffmpeg
 
 PROJECT = Path(__file__).parent.parent
 FEW = ["--num_inference_steps", "2", "--num_frames", "17"]
@@ -37,6 +48,12 @@ def test_segments_hold_every_frame_with_a_face_and_no_other():
     assert [(s.start, s.stop) for s in segments] == [(1, 6), (8, 10), (15, 16)]
     assert [s.latents for s in segments] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert plan_segments([False] * 5) == []
+
+
+def test_a_cut_splits_a_stretch():
+    segments = plan_segments([bool(int(c)) for c in "011111101111"], cuts=[0, 3, 4, 7, 9])
+    assert [(s.start, s.stop) for s in segments] == [(1, 3), (3, 4), (4, 7), (8, 9), (9, 12)]
+    assert [s.first_latent for s in segments] == [0, 2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 13, 16])
@@ -97,6 +114,10 @@ def test_one_person_is_followed():
     assert [f and f.box[0] for f in follow_face(frames, 1)] == [None, 100, None, 98, 103]
     assert [f and f.box[0] for f in follow_face(frames)] == [None, 100, 5, 98, 103]
     assert follow_face([[face_at(0, score=0.4)]]) == [None]
+    shots = [[left], [right, left], [right, left]]
+    assert [f.box[0] for f in follow_face(shots)] == [0, 0, 0]
+    assert [f.box[0] for f in follow_face(shots, cuts=[2])] == [0, 0, 100]
+    assert [f.box[0] for f in follow_face(shots, 0, cuts=[2])] == [0, 0, 0], "the chosen one, where anybody is there"
     with pytest.raises(UsageError, match="--target_face_index 2: frame 1"):
         follow_face(frames, 2)
 
@@ -106,6 +127,31 @@ def test_short_gaps_are_filled_and_cuts_are_not():
     assert filled[1].box == (2, 10, 22, 30)
     assert filled[3] is None
     assert filled[5:14] == [None] * 9
+    beside_a_cut = [face_at(0), None, face_at(4), None, face_at(8)]
+    assert [f is None for f in fill_gaps(beside_a_cut, cuts=[1])] == [False, True, False, False, False]
+    assert [f is None for f in fill_gaps(beside_a_cut, cuts=[4])] == [False, False, False, True, False]
+
+
+def test_cuts_are_found_and_movement_is_none():
+    random = numpy.random.default_rng(0)
+    places = [cv2.resize(random.integers(0, 256, (9, 16, 3)).astype(numpy.uint8), (640, 360)) for _ in range(3)]
+
+    def pan(place, count, speed):
+        frames = numpy.stack([numpy.roll(place, speed * i, axis=1)[:180, :320] for i in range(count)])
+        return numpy.clip(frames + random.normal(0, 6, frames.shape), 0, 255).astype(numpy.uint8)
+
+    calm = [pan(place, count, 2) for place, count in zip(places, (9, 2, 7), strict=True)]
+    assert find_cuts(numpy.concatenate(calm)) == [9, 11]
+    assert find_cuts(numpy.concatenate([pan(places[0], 9, 8), pan(places[1], 9, 8)])) == [9]
+    assert find_cuts(pan(places[0], 12, 80)) == [], "a fast pan"
+    assert find_cuts(random.integers(0, 256, (6, 60, 80, 3)).astype(numpy.uint8)) == []
+    dark = pan(places[0], 6, 2) // 16
+    assert find_cuts(numpy.concatenate([dark, dark * 0])) == [], "too dark to tell"
+    slowly = numpy.stack([(places[0] * (1 - i / 24.0)).astype(numpy.uint8) for i in range(25)])
+    assert find_cuts(slowly) == [], "a fade"
+    for few in (0, 1, 2):
+        assert find_cuts(calm[0][:few]) == []
+    assert find_cuts(numpy.stack([places[0], places[1]])) == [1]
 
 
 def test_alignment_turns_scales_and_shifts():
@@ -237,17 +283,61 @@ def test_shots_without_a_face_pass_and_flags_matter(tmp_path, clip, written):
     scene = numpy.concatenate([numpy.full_like(original[:11], (90, 140, 60)), original[:6]])
     write_video(tmp_path / "in.mp4", [scene], fps=12)
     written()
-    swap(tmp_path / "out.mp4", tmp_path / "in.mp4")
+    swap(tmp_path / "out.mp4", tmp_path / "in.mp4", "--no_composite")
     frames, scene = written(), read_frames(tmp_path / "in.mp4")
     assert (frames[:11] == scene[:11]).all()
     changed = (frames[11:] != scene[11:]).any(axis=-1).mean()
-    assert changed > 0.9, "without the flag the whole picture is drawn anew"
+    assert changed > 0.9, "the whole picture is drawn anew"
     assert not probe(tmp_path / "out.mp4").has_audio
     for number, flags in enumerate([("--denoising_strength", 0.3), (KEEP, "--solver", "unipc")]):
         swap(tmp_path / f"{number}.mp4", tmp_path / "in.mp4", *flags)
         other = written()
         assert (other[:11] == scene[:11]).all()
         assert (other[11:] != frames[11:]).mean() > 0.05, flags
+
+
+def test_the_models_face_is_put_into_the_inputs_picture(tmp_path, clip, written, monkeypatch):
+    """By default: what --no_composite writes, put together by hand with the mask and the colours of the input."""
+    makers = []
+    monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
+    write_video(tmp_path / "silent.mp4", [read_frames(clip)[:5]], fps=25)
+    tone = "aevalsrc=if(gt(t\\,0.2)\\,0.5*sin(2764*t)\\,0):s=16000:d=0.4"  # sets in with the picture, 0.2 s late
+    late = ["-itsoffset", "0.2", "-i", tmp_path / "silent.mp4", "-f", "lavfi", "-i", tone]
+    ffmpeg(*late, "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", tmp_path / "short.mp4")
+    written()
+    swap(tmp_path / "drawn.mp4", tmp_path / "short.mp4", "--no_composite")
+    drawn, original = written(), read_frames(tmp_path / "short.mp4")
+    swap(tmp_path / "out.mp4", tmp_path / "short.mp4")
+    frames = written()
+    masks = [makers[1].masks[0], *[makers[1].masks[1]] * 4]
+    for frame, input_frame, raw, mask in zip(frames, original, drawn, masks, strict=True):
+        mask = mask[:150, :152]
+        assert (frame == composite(input_frame, raw, mask)).all()
+        assert (frame[mask == 0] == input_frame[mask == 0]).all()
+        face = mask == 255
+        distances = [abs(picture[face].mean(axis=0) - input_frame[face].mean(axis=0)).max() for picture in (frame, raw)]
+        assert distances[0] < 0.75 * distances[1], "the colours were not matched"
+    assert (drawn != original).any(axis=-1).mean() > 0.9
+    assert (abs(sound(tmp_path / "out.mp4")[:3200].reshape(-1, 200)).max(axis=1) > 8000)[1:].all(), "out of step"
+
+
+def test_windows_never_span_a_cut(tmp_path, clip, written, monkeypatch):
+    """What a shot becomes does not depend on what comes after the cut."""
+    makers = []
+    monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
+    first, second = read_frames(clip)[:3], read_frames(clip)[8:10, :, ::-1]
+    results = []
+    for number, other in enumerate([second, second[..., ::-1] // 2]):
+        scene = numpy.concatenate([first, other])
+        encode(tmp_path / f"{number}.mp4", scene, "-c:v", "libx264rgb", "-qp", "0", pix_fmt="rgb24")
+        assert (read_frames(tmp_path / f"{number}.mp4") == scene).all()
+        swap(tmp_path / f"out{number}.mp4", tmp_path / f"{number}.mp4")
+        results.append(written())
+        assert read_metadata(tmp_path / f"out{number}.mp4")["segments"] == [[0, 3], [3, 5]]
+        assert makers[-1].windows == [slice(0, 2), slice(2, 4)]
+    assert (results[0][:3] == results[1][:3]).all()
+    assert (results[0][:3] != first).any()
+    assert (results[0][3:] != results[1][3:]).any()
 
 
 def test_windows_interrupted_and_resumed_give_the_same(tmp_path, clip, written, monkeypatch):
@@ -297,6 +387,7 @@ def test_the_chosen_of_two_people_is_replaced(tmp_path, clip, written):
         (["--target_face_index", "-1"], 2, "--target_face_index -1"),
         (["--height", "64"], 2, "--height"),
         (["--fps", "8"], 2, "--fps"),
+        (["--no_composite", KEEP], 2, "--no_composite with --force_background_consistency"),
         (["--ip_image", "assets/face.png", "assets/face.png"], 2, "one photo"),
         (["--input_video", "missing.mp4"], 3, "missing.mp4"),
         (["--input_video", "README.md"], 3, "README.md"),

@@ -13,6 +13,7 @@ from errors import InputError
 from pipelines.ffmpeg import ffmpeg_exe, run_ffmpeg
 from pipelines.video_conversion import StreamFormat, constant_rate
 from pipelines.video_file import probe, read_frames, stream_frames, write_video
+from preprocess import control
 from tests.test_video_file import decode_sound, noise
 
 LOSSLESS = ["-c:v", "libx264", "-qp", "0"]
@@ -162,6 +163,15 @@ def test_a_variable_rate_becomes_its_mean_and_says_so(tmp_path, caplog):
     expected[19] = 255
     assert np.abs(read - expected[due]).max() <= 2
     assert "vfr.mp4 has a variable frame rate: read at its mean of 20 a second, 10 of 40 frames left" in caplog.text
+
+
+def test_a_control_map_of_it_has_its_frames_rate_and_length(tmp_path):
+    path = variable_rate(tmp_path / "vfr.mp4")
+    output = tmp_path / "gray.mp4"
+    control.main(control.parse_arguments(["gray", "--video", str(path), "--output", str(output)]))
+    made = probe(output)
+    assert (made.num_frames, made.fps, made.duration) == (40, 20, 2)
+    assert np.abs(read_frames(output).astype(int) - read_frames(path)).max() <= 3
 
 
 @pytest.mark.parametrize("late", [0.0, 0.6])

@@ -22,10 +22,12 @@ from models.vace import default_layers, load_vace
 from models.wan.checkpoint import convert_names, to_diffusers_name
 from models.wan.schedulers import get_schedule
 from models.wan.tea_cache import TeaCache
-from pipelines.control_video import plan_windows, read_mask, size_within, spread_frames
+from pipelines.control_video import plan_windows, read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
+from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
-from pipelines.tiny import tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.vace import VaceWan
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.video_file import probe, read_frames, read_metadata, write_video
 from tests import tiny
@@ -66,6 +68,34 @@ def test_hints_are_computed_one_by_one_right_before_they_are_added():
         branch.vace_blocks[i].register_forward_hook(lambda *_, i=i: order.append(f"hint {i}"))
     model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[branch.plugin(context())])
     assert order == ["base 0", "hint 0", "base 1", "hint 1"]
+
+
+def test_prompt_keys_of_the_branch_are_computed_once():
+    model, branch = tiny.transformer(), tiny.vace_branch()
+    calls = []
+    for block in branch.vace_blocks:
+        block.cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+
+    def run(prompt, steps=3):
+        calls.clear()
+        with torch.no_grad():
+            plugin = branch.plugin(context())
+            return [model(tiny.latents(s), TIMESTEP, prompt, plugins=[plugin]) for s in range(steps)], len(calls)
+
+    (kept, few), (recomputed, many) = run(tiny.prompt()), run(tiny.prompt(keep_keys_values=False))
+    assert (few, many) == (2, 6)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    other, _ = run(tiny.prompt(seed=4))
+    assert not torch.equal(other[0], kept[0])
+    shared = tiny.prompt()  # another branch on the same prompt has keys of its own
+    run(shared)
+    second = fill_from_seed(tiny.vace_branch(), 99)
+    with torch.no_grad():
+        pair = [
+            model(tiny.latents(), TIMESTEP, prompt, plugins=[second.plugin(context())])
+            for prompt in (shared, tiny.prompt())
+        ]
+    assert torch.equal(*pair)
 
 
 def test_batch_equals_single_and_ragged():
@@ -209,6 +239,18 @@ def test_a_control_that_does_not_fit_the_memory_is_refused(tmp_path, monkeypatch
     with pytest.raises(UserError, match="9 frames of 96x64") as error:
         infer_with_vace.main(infer_with_vace.parse_args(flags))
     assert error.value.exit_code == 5
+
+
+def test_the_branch_and_its_prompt_keys_count_as_memory():
+    def bytes_of(memory):
+        args = infer_with_vace.parse_args(["--memory", memory, "--output", "x.mp4"])
+        return VaceWan(*resolve_vace_settings(args), start_processes("cpu")).branch_bytes()
+
+    weights = sum(p.numel() for p in tiny.vace_branch().parameters())
+    keys = 2 * 2 * 512 * tiny.DIM * 2  # keys and values of two prompts in two blocks
+    assert bytes_of("model") == bytes_of("resident") == 4 * (weights + keys)
+    assert bytes_of("group") == 4 * (weights // 2 + keys)
+    assert bytes_of("sequential") == 0
 
 
 def test_released_layers():

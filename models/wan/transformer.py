@@ -9,7 +9,7 @@ Source: Wan2.1 and Wan2.2 `wan/modules/model.py` (WanModel); VideoX-Fun and Wan2
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,10 +115,10 @@ class Prompt:
     image: Tensor | None = None
     keep_keys_values: bool = True
     _tokens: tuple[Tensor, Tensor | None] | None = None
-    _blocks: dict[int, PromptBlock] = field(default_factory=dict)
+    _blocks: dict[Hashable, PromptBlock] = field(default_factory=dict)
 
-    def block(self, index: int) -> PromptBlock:
-        """What a block keeps between calls."""
+    def block(self, index: Hashable) -> PromptBlock:
+        """What a block keeps between calls. `index`: the transformer's by their numbers, a branch's by themselves."""
         if not self.keep_keys_values or torch.is_grad_enabled():
             return PromptBlock(keeps=False)
         return self._blocks.setdefault(index, PromptBlock())
@@ -145,6 +145,7 @@ class BlockContext:
     grid: tuple[int, int, int]  # (F, H, W) in tokens, of the first sample
     lengths: list[int] | None = None  # real tokens of each sample, where some are padded
     sharded: bool = False  # the sequence is split over processes
+    prompt: Prompt | None = None  # where the blocks of a branch keep its keys and values
 
     def attention_mask(self, num_keys: int) -> Tensor | None:
         """(B, 1, 1, keys): False on padding. Keys of plug-ins, at the end, are never padding."""
@@ -408,6 +409,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             lengths=lengths if min(lengths) < length and not attend_padding else None,
             # Stand-In's reference pass (no prompt) is short: every process runs the whole of it.
             sharded=parallel is not None and prompt is not None,
+            prompt=prompt,
         )
         if ctx.sharded:
             x = self.shard(x, ctx, parallel._flattened_mesh)
