@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     long = parser.add_argument_group("long video")
     long.add_argument("--variant", help="shot, film, tom, 2.0-wan2.1, 2.0, 2.0-pro, or a .yaml like configs/svi-*.yaml")
-    long.add_argument("--ref_image_path", metavar="PICTURE", help="path or URL: the first frame, and the anchor")
+    long.add_argument("--ref_image_path", metavar="PICTURE", help="first frame and anchor; of a video its first frame")
     long.add_argument("--prompt_path", metavar="FILE", help='prompts one a line, or prompts = ["…", "…"]')
     long.add_argument("--num_clips", type=int, help="(one a prompt; 10 for a single prompt)")
     long.add_argument("--prompt_repeat", help="when the prompts do not last: last, cycle, stop (last)")

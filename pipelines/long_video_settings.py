@@ -33,6 +33,8 @@ from preprocess.prompts import read_prompt_stream
 logger = logging.getLogger("selfsame")
 
 VARIANTS = ("shot", "film", "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pro")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+TRAINED_FRAMES = 81  # of a clip
 GRID = 16  # pixels of a token's side
 MOST_CLIPS = 10_000
 EXPERT_SUFFIXES = ("_high", "_low")
@@ -228,7 +230,7 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
         )
     if settings.boundary is not None and not config.get("experts"):
         raise UsageError(f"--boundary: {config['name']} is one model; there are no experts to switch")
-    shared = variant.chain(81).overlap
+    shared = variant.chain(TRAINED_FRAMES).overlap
     if settings.extend is not None and variant.drops == "earlier":  # the first clip gives up frames at both ends
         shared *= 2
     if settings.num_frames <= shared:
@@ -237,11 +239,16 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
             f"--num_frames {settings.num_frames}: clips of {variant.name} share {shared} frames with their neighbours; "
             f"give at least {least}"
         )
+    if settings.num_frames > TRAINED_FRAMES:
+        logger.warning(
+            "--num_frames %d: SVI was trained on %d; longer clips lose colour. For more video give more --num_clips",
+            *(settings.num_frames, TRAINED_FRAMES),
+        )
+    if settings.vae_dtype in ("bf16", "fp16") and not variant.hands_latents:
+        logger.warning("--vae_dtype %s: its errors add up from clip to clip; fp32 is the default", settings.vae_dtype)
     if settings.end_image is not None and not variant.end_image:
         raise UsageError(f"--end_image: {variant.name} was not made for one; use --variant 2.0")
     check_driver(settings, variant, released["defaults"])
-    if settings.ulysses_degree * settings.ring_degree > 1 and settings.first_clip_without_lora:
-        raise UsageError("--first_clip_without_lora: not with a video split over processes")
 
 
 def check_driver(settings: LongVideoSettings, variant: Variant, defaults: dict) -> None:
@@ -333,7 +340,10 @@ def has_word(name: str, word: str) -> bool:
 
 
 def read_picture(settings: LongVideoSettings, config: dict) -> numpy.ndarray:
-    """(H, W, 3) uint8: the picture given, else the first frame of the video to extend."""
+    """(H, W, 3) uint8: the picture given, or the first frame of a video; else that of the video to extend."""
+    if settings.ref_image_path is not None and Path(settings.ref_image_path).suffix.lower() in VIDEOS:
+        probe_argument("--ref_image_path", settings.ref_image_path)
+        return next(stream_frames(settings.ref_image_path))
     if settings.ref_image_path is not None:
         return read_image(settings.ref_image_path, "--ref_image_path")
     if settings.extend is not None:
