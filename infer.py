@@ -1,4 +1,4 @@
-"""Identity-preserving text-to-video: one face photo and a prompt in, a video of that person out.
+"""Identity-preserving generation: one face photo and a prompt in, a video (or a picture) of that person out.
 
     python infer.py                                                    the tiny untrained model on the photo in assets/
     python infer.py --wan_version 2.1 --ip_image me.jpg --prompt "A woman reads in a garden"
@@ -8,43 +8,126 @@
     torchrun --nproc_per_node 4 infer.py … --prompt @prompts.txt       prompts split over four processes
     torchrun --nproc_per_node 4 infer.py … --ulysses_degree 4          one video on four GPUs
 
-Weights: python download_models.py --wan_version 2.1. A run that was stopped goes on when the command is repeated.
+From a picture, given or made of the photo:
+
+    python infer.py --wan_version 2.1 --image street.jpg --prompt "She turns and walks towards the camera"
+    python infer.py --config wan2.1-flf2v-14B-720P --image a.jpg --last_image b.jpg --prompt "…"
+    python infer.py --wan_version 2.2 --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"
+
+By other methods than Stand-In:
+
+    python infer.py --method instantid --ip_image me.jpg --prompt "portrait of a woman in the rain" --output rain.png
+    python infer.py --method consisid --ip_image me.jpg --prompt "…"   ConsisID; --config consisid-1.5 for 1.5
+
+Weights: python download_models.py --wan_version 2.1 (or --method NAME). A run that was stopped goes on when the command
+is repeated.
 """
 
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.arguments import (
+    add_common_arguments,
+    add_consis_id_arguments,
+    add_image_to_video_arguments,
+    add_instant_id_arguments,
+    add_likeness_arguments,
+    add_picture_arguments,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
+    add_image_to_video_arguments(parser)
+    add_instant_id_arguments(parser)
+    add_picture_arguments(parser)
+    add_consis_id_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    from pipelines.jobs import list_jobs
-    from pipelines.settings import resolve_settings
+    from pipelines.settings import method_of
 
-    # Everything that can be refused without torch is refused before it is imported.
-    settings, config = resolve_settings(args)
+    # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
+    # In each, everything that can be refused without torch is refused before it is imported.
+    {"standin": stand_in, "instantid": instant_id, "consisid": consis_id}[method_of(args)](args)
+
+
+def stand_in(args: argparse.Namespace) -> None:
+    """Videos by Wan: from a prompt with Stand-In, or from a picture."""
+    from pipelines.image_to_video_settings import resolve_image_to_video
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
 
     from pipelines.distributed import start_processes
+    from pipelines.image_to_video import ImageToVideoMaker, open_pictures
+    from pipelines.scoring import load_scorer, make_scored
     from pipelines.text_to_video import VideoMaker, prepare_faces
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    wan = Wan(settings, config, processes)
     jobs = processes.own(jobs)
+    scorer = load_scorer(settings, settings.ip_image)
+    pictures, settings = open_pictures(settings, config, processes, jobs[0].output if jobs else None)
+    wan = Wan(settings, config, processes)
     wan.check()
 
     faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = VideoMaker(wan, text, faces)
+    maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings, processes))
+    processes.close()
+
+
+def instant_id(args: argparse.Namespace) -> None:
+    """Pictures by InstantID on SDXL."""
+    from pipelines.instant_id_settings import resolve_instant_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_instant_id(args)
+    jobs = list_jobs(settings, ".png")
+
+    from pipelines.instant_id import PictureMaker, check_files, guide_face
+    from pipelines.scoring import load_scorer, make_scored
+    from preprocess.face_detection import load_recogniser
+
+    check_files(settings, config)
+    guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
+    scorer = load_scorer(settings, settings.ip_image)
+    maker = PictureMaker(settings, config, guide)
+    for job in jobs:
+        print(make_scored(maker, job, scorer, settings))
+
+
+def consis_id(args: argparse.Namespace) -> None:
+    """Videos by ConsisID on CogVideoX."""
+    from pipelines.consis_id_settings import resolve_consis_id
+    from pipelines.jobs import list_jobs
+
+    settings, config = resolve_consis_id(args)
+    jobs = list_jobs(settings)
+
+    from pipelines.consis_id import ConsisID, ConsisIDMaker
+    from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
+
+    processes = start_processes(settings.device)
+    model = ConsisID(settings, config, processes)
+    jobs = processes.own(jobs)
+    model.check()
+
+    face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
+    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+    scorer = load_scorer(model.scoring_settings, settings.ip_image)
+    maker = ConsisIDMaker(model, face, text)
+    for job in jobs:
+        print(make_scored(maker, job, scorer, settings, processes))
     processes.close()
 
 

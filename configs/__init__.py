@@ -29,6 +29,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "experts": (dict,),  # Wan2.2 A14B: noise level -> folder
     "boundary": (int, float),
     "defaults": (dict,),
+    "method": (str,),  # of infer.py, where it is not Stand-In
     "tiny": (bool,),
     "seed": (int,),
     "transformer": (dict,),
@@ -63,6 +64,7 @@ _DEFAULTS: dict[str, tuple[type, ...]] = {
     "ip_image": (str,),  # relative to the project
 }
 _INHERITED = (
+    "method",
     "variant",
     "experts",
     "boundary",

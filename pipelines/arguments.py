@@ -85,6 +85,70 @@ def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True)
     machine.add_argument("--ring_degree", type=int, help="… by ring attention")
 
 
+def add_consis_id_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only ConsisID has; `pipelines.consis_id_settings.ConsisIDSettings` has the defaults."""
+    consis_id = parser.add_argument_group("--method consisid")
+    consis_id.add_argument("--face_encoder_path", help="folder of RetinaFace and EVA-CLIP (BASE_PATH/face_encoder)")
+    consis_id.add_argument("--face_detector", help="whose points align the face: retinaface (as trained), scrfd")
+    consis_id.add_argument("--face_select", help="one: one face for all networks; upstream: the authors' two rules")
+
+
+def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
+    """The face score as a gate; `pipelines.scoring`."""
+    score = parser.add_argument_group("likeness")
+    score.add_argument("--min_face_score", type=float, help="ArcFace cosine to the photo; below it, try the next seed")
+    score.add_argument("--max_retries", type=int, help="further seeds to try, then the best is kept (3)")
+
+
+def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
+    """Pictures by InstantID; `pipelines.instant_id_settings` has their defaults and rules."""
+    identity = parser.add_argument_group("InstantID (pictures, and first frames of videos)")
+    identity.add_argument("--sdxl_path", help="any SDXL model: Diffusers folder or single file")
+    identity.add_argument("--instantid_path", help="folder with ControlNetModel/ and ip-adapter.bin")
+    identity.add_argument("--ip_adapter_scale", type=float, help="of the face tokens; lower if over-saturated (0.8)")
+    identity.add_argument(
+        "--controlnet_conditioning_scale", type=float, help="of IdentityNet; with the other, more likeness (0.8)"
+    )
+    identity.add_argument("--face_height", type=float, help="of the face, as a share of the picture's height (0.35)")
+    identity.add_argument(
+        "--face_centre", type=float, nargs=2, metavar=("X", "Y"), help="of the face, as shares (0.5 0.38)"
+    )
+    identity.add_argument("--face_roll", type=float, help="tilt of the head in degrees, clockwise (0)")
+    identity.add_argument(
+        "--region_mask", action="store_true", default=None, help="act on the face only: for prompts with a scene"
+    )
+
+
+def add_image_to_video_arguments(parser: argparse.ArgumentParser) -> None:
+    """A picture to start from; `pipelines.image_to_video_settings` has the defaults and rules."""
+    start = parser.add_argument_group("image-to-video")
+    start.add_argument("--image", metavar="FILE", help="the first frame; the video keeps its shape")
+    start.add_argument("--last_image", metavar="FILE", help="the last frame, of models from one picture to another")
+    add_first_frame_arguments(start)
+
+
+def add_first_frame_arguments(group) -> None:
+    """A first frame made from a photo; for an argument group (or the parser)."""
+    group.add_argument("--first_frame", metavar="METHOD", help="instantid: make the first frame from --ip_image")
+    group.add_argument("--first_frame_prompt", metavar="TEXT", help="its scene, where it is not the video's prompt")
+    group.add_argument("--first_frame_seed", type=int, help="(0)")
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only --method instantid has."""
+    picture = parser.add_argument_group("InstantID pictures")
+    picture.add_argument("--control_guidance_end", type=float, help="share of the steps with IdentityNet (1)")
+    picture.add_argument("--pose_image", metavar="FILE", help="put the face where the one in this picture is")
+    picture.add_argument("--controlnet", nargs="+", action="extend", metavar="FOLDER", help="further ControlNets")
+    picture.add_argument("--control_image", nargs="+", action="extend", metavar="FILE", help="their pictures")
+    picture.add_argument("--control_scale", nargs="+", action="extend", type=float, help="one for all, or each (1)")
+    picture.add_argument("--lcm", action="store_true", default=None, help="few steps, by a LoRA (5, guidance 1.5)")
+    picture.add_argument("--lcm_lora_path", metavar="FILE")
+    picture.add_argument(
+        "--prompt_weighting", action="store_true", default=None, help="understand (word), [word] and (word:1.4)"
+    )
+
+
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """LoRAs on top of the base model; `pipelines.lora.LoraSettings` has their defaults and rules."""
     lora = parser.add_argument_group("LoRA")

@@ -1,4 +1,4 @@
-"""Which videos a run makes, and where they go. Plain functions without torch: a bad path is refused at once."""
+"""Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
 
 import itertools
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipelines.video_file import free_disk_or_error, resolve_output
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make."""
+    """One video or picture to make."""
 
     prompt: str
     seed: int
@@ -20,13 +20,14 @@ class Job:
 DEFAULT_OUTPUT = Path("outputs/output.mp4")
 
 
-def free_output() -> Path:
+def free_output(extension: str = ".mp4") -> Path:
     """outputs/output.mp4, or with the first number that is free."""
-    numbered = (DEFAULT_OUTPUT.with_stem(f"{DEFAULT_OUTPUT.stem}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([DEFAULT_OUTPUT], numbered) if not path.exists())
+    first = DEFAULT_OUTPUT.with_suffix(extension)
+    numbered = (first.with_stem(f"{first.stem}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not path.exists())
 
 
-def list_jobs(settings: Settings) -> list[Job]:
+def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
     """Every prompt with every seed; with several jobs, their numbers go into the file names.
 
     Raises:
@@ -34,18 +35,22 @@ def list_jobs(settings: Settings) -> list[Job]:
         ResourceError: the disk has no room for the videos.
     """
     several = len(settings.prompt) * len(settings.seed) > 1
-    output = Path(settings.output) if settings.output else free_output()
+    output = Path(settings.output) if settings.output else free_output(extension)
     jobs = []
     for number, prompt in enumerate(settings.prompt):
         for seed in settings.seed:
             path = output.with_name(f"{output.stem}-{number:03d}-seed{seed}{output.suffix}") if several else output
-            jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite)))
+            jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
     free_disk_or_error(output, len(jobs) * estimate_file_bytes(settings))
     return jobs
 
 
 def estimate_file_bytes(settings: Settings) -> int:
-    """Bytes of one video at its worst (noise), and of the saved progress: four tensors of the size of the latents."""
+    """Bytes of one video at its worst (noise), and of the saved progress: four tensors of the size of the latents; of
+    one picture, uncompressed.
+    """
+    if not hasattr(settings, "num_frames"):
+        return 3 * (settings.height or 1280) * (settings.width or 1280)
     pixels = settings.num_frames * settings.height * settings.width
     latents = (settings.num_frames // 4 + 1) * (settings.height // 8) * (settings.width // 8) * 16
     return pixels * 3 // 2 + 4 * 4 * latents

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from errors import ResourceError
@@ -50,7 +51,7 @@ def estimate_device_bytes(settings: Settings, config: WanConfig, bytes_per_value
     # One block: the float32 stream with two temporaries; q, k, v, attention's output; the wide feed-forward layer.
     call = tokens * (12 * config.dim + bytes_per_value * (4 * config.dim + config.ffn_dim))
     kept_keys = 2 * config.num_layers * config.dim * bytes_per_value  # per token of text or reference
-    call += kept_keys * (2 * config.text_len + 1024 * len(settings.ip_image))
+    call += kept_keys * (2 * config.text_len + 1024 * len(settings.stand_in_photos))
     # The VAE decoder's past frames (specs: 2 · cells · 75,700 values) and a chunk of 4 frames at full size, float32.
     shown_cells = min(cells, 30 * 52) if settings.tiled else cells
     decode = 4 * (2 * shown_cells * 75_700 + 4 * shown_cells * spatial**2 * 96 * 4)
@@ -128,3 +129,16 @@ def offload_groups(module: nn.Module, device: torch.device, memory: str, prefetc
         else {"offload_type": "leaf_level"}
     )
     module.enable_group_offload(device, offload_device=torch.device("cpu"), use_stream=streams, **options)
+
+
+def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, memory: str) -> None:
+    """Put a pipeline of diffusers where the memory mode says, by diffusers' own means."""
+    if memory == "group":
+        streams = device.type == "cuda"
+        pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=streams)
+    elif memory == "resident" or device.type == "cpu":  # a CPU has nowhere to offload to
+        pipeline.to(device)
+    elif memory == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)

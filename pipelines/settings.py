@@ -8,10 +8,10 @@ import json
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from configs import load_config
 from errors import InputError, UsageError
@@ -29,6 +29,9 @@ CHOICES = {
     "step_cache": ("none", "teacache", "first_block"),
 }
 WAN_VERSIONS = ("2.1", "2.2")
+# The identity methods of infer.py -> the config each takes by itself; Stand-In's depends on other flags. A config names
+# its method (`method:`), so that a config, or the JSON of an earlier run, is enough.
+METHODS = {"standin": None, "instantid": "instantid", "consisid": "consisid"}
 # name -> smallest and largest accepted value. Positions of the released models end at 1024 tokens per axis.
 BOUNDS = {
     "height": (16, 16384),
@@ -47,7 +50,10 @@ BOUNDS = {
     "ulysses_degree": (1, 1024),
     "ring_degree": (1, 1024),
     "timesteps": (1, 1000),
+    "min_face_score": (-1, 1),
+    "max_retries": (0, 100),
 }
+Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
 # Not taken from an earlier run's JSON: they say where and how to write, not what.
 OF_ONE_RUN = ("output", "overwrite", "preview", "config")
@@ -110,14 +116,27 @@ class Settings:
     ulysses_degree: int = 1
     ring_degree: int = 1
 
+    @property
+    def stand_in_photos(self) -> tuple[str, ...]:
+        """The photos that Stand-In is given."""
+        return self.ip_image
+
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikenessSettings:
+    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
+
+    min_face_score: float | None = None  # ArcFace cosine; None: measure only
+    max_retries: int = 3  # further seeds to try while the score is below
 
 
 def resolve_settings(
     args: Namespace, kind: type[Settings] = Settings, brought: Mapping[str, object] | None = None
 ) -> tuple[Settings, dict]:
-    """Merge the sources of settings and check them.
+    """Merge the sources of a Wan model's settings and check them.
 
     Args:
         args: parsed flags; None means not given.
@@ -131,6 +150,14 @@ def resolve_settings(
         UsageError: a value out of its bounds, an unknown config, a combination that makes no sense.
         InputError: a JSON that is not one of ours.
     """
+    settings, config = merge_settings(args, kind, brought)
+    return check_settings(settings, config), config
+
+
+def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, object] | None = None) -> tuple[Kind, dict]:
+    """The merging half of `resolve_settings`, for settings of any method (a dataclass, not only `Settings`). Where
+    `args` has a `method`, its flags are those of all methods, and one that `kind` does not have is refused.
+    """
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "prompt" in given:
         given["prompt"] = read_prompts(given["prompt"])
@@ -138,7 +165,9 @@ def resolve_settings(
     if wan_version not in (None, *WAN_VERSIONS):
         raise UsageError(f"--wan_version {wan_version}: accepted are {', '.join(WAN_VERSIONS)}")
     earlier = read_run_json(given["config"], kind) if str(given.get("config", "")).endswith(".json") else {}
-    config_name = earlier.pop("config", None) or given.get("config") or _default_config(given, wan_version)
+    method = given.pop("method", None)
+    config_name = earlier.pop("config", None) or given.get("config") or METHODS.get(method)
+    config_name = config_name or _default_config(given, wan_version)
     if wan_version is not None and config_name != f"stand-in-wan{wan_version}":
         raise UsageError(f"--wan_version {wan_version} and --config {config_name} contradict each other; give one")
     config = load_config(config_name)
@@ -146,6 +175,8 @@ def resolve_settings(
         raise UsageError(f"--config {config_name}: says how a LoRA is sampled, not which model; use --lora_config")
 
     fields = {field.name for field in dataclasses.fields(kind)}
+    if "method" in vars(args) and (strange := [name for name in given if name not in fields]):
+        raise UsageError(f"--{strange[0]}: --method {method_of(args)} has no such setting; leave it out")
     values = {key: value for key, value in config["defaults"].items() if key in fields}
     if photo := values.pop("ip_image", None):
         values["ip_image"] = str(PROJECT / photo) if has_identity(config) else ()
@@ -164,7 +195,26 @@ def resolve_settings(
     missing = [f"--{name}" for name in required if name not in values]
     if missing:
         raise UsageError(f"config {config_name} leaves open: {', '.join(missing)}; give them")
-    return check_settings(kind(**values), config), config
+    return kind(**values), config
+
+
+def method_of(args: Namespace) -> str:
+    """The identity method of a run: what --method says, or the method of the config.
+
+    Raises:
+        UsageError: an unknown method or config, or the two contradict each other.
+        InputError: a JSON that is not one of ours.
+    """
+    if args.method not in (None, *METHODS):
+        raise UsageError(f"--method {args.method}: accepted are {', '.join(METHODS)}")
+    if args.config is None:
+        return args.method or "standin"
+    is_json = args.config.endswith(".json")
+    config_name = read_run_settings(args.config).get("config") if is_json else args.config
+    method = load_config(config_name).get("method", "standin")
+    if args.method not in (None, method):
+        raise UsageError(f"--method {args.method} and --config {args.config} ({method}) contradict each other")
+    return method
 
 
 def family_of(config: dict) -> str:
@@ -176,9 +226,8 @@ def family_of(config: dict) -> str:
 
 def has_identity(config: dict) -> bool:
     """Whether the config comes with Stand-In weights; there are none for models that start from a picture."""
-    if family_of(config) != "t2v":
-        return False
-    return "stand_in" in config or "stand_in" in config.get("files", {})
+    is_there = "stand_in" in config or "stand_in" in config.get("files", {})
+    return is_there and family_of(config) == "t2v"
 
 
 def _default_config(given: dict, wan_version: str | None) -> str:
@@ -188,43 +237,82 @@ def _default_config(given: dict, wan_version: str | None) -> str:
 
 
 def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
-    """The settings in the JSON that an earlier run wrote beside its video."""
+    """The settings that `kind` knows in the JSON that an earlier run wrote beside its output."""
+    settings = read_run_settings(path)
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(settings) - known):
+        raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
+    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
+
+
+def read_run_settings(path: str) -> dict:
+    """All settings in the JSON of an earlier run.
+
+    Raises:
+        UsageError, InputError: there is no such file, or it is another JSON.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        settings = content["settings"]
-        known = {field.name for field in dataclasses.fields(kind)}
-        if unknown := sorted(set(settings) - known):
-            raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
+        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are no object")
     except FileNotFoundError:
         raise UsageError(f"--config {path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--config {path}: not the JSON of an earlier run ({error})") from error
-    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
+    return settings
+
+
+def check_values(settings: object, bounds: Mapping[str, tuple], choices: Mapping[str, tuple]) -> None:
+    """Whether each named field that `settings` has is within its bounds, or one of its choices; None is not given.
+
+    Raises:
+        UsageError: naming the flag, its value and what is accepted.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name, None)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not (isinstance(number, int | float) and math.isfinite(number) and low <= number <= high):
+                raise UsageError(f"--{name} {number}: accepted are {low:g} to {high:g}")
+    for name, accepted in choices.items():
+        value = getattr(settings, name, accepted[0])
+        if value not in accepted:
+            raise UsageError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+
+
+def check_likeness(settings: LikenessSettings) -> None:
+    """
+    Raises:
+        UsageError: retries without a score to reach.
+    """
+    if settings.min_face_score is None and settings.max_retries != LikenessSettings.max_retries:
+        raise UsageError(f"--max_retries {settings.max_retries}: give --min_face_score, the score to reach, too")
+
+
+def check_pictures(**pictures: Sequence[str]) -> None:
+    """Whether the files of these flags are there; a URL is only tried when it is read.
+
+    Raises:
+        InputError: one that is not.
+    """
+    for name, paths in pictures.items():
+        for path in paths:
+            if "://" not in path and not Path(path).is_file():
+                raise InputError(f"--{name} {path}: no such file; give a picture's path or URL")
 
 
 def check_settings(settings: Settings, config: dict) -> Settings:
     """Bounds, choices and combinations; sizes rounded up to what the model can make, with a message."""
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(settings, name)
-        for number in value if isinstance(value, tuple) else () if value is None else (value,):
-            if not (isinstance(number, int | float) and math.isfinite(number) and low <= number <= high):
-                raise UsageError(f"--{name} {number}: accepted are {low:g} to {high:g}")
-    for name, accepted in CHOICES.items():
-        value = getattr(settings, name)
-        if value not in accepted:
-            raise UsageError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+    check_values(settings, BOUNDS, CHOICES)
     if settings.identity_start > settings.identity_end:
         raise UsageError(
             f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"
         )
-    if settings.ip_image and not has_identity(config):
+    if settings.stand_in_photos and not has_identity(config):
         raise UsageError(
             f"--ip_image: config {config['name']} has no identity weights; Stand-In was released for the 14B models: "
-            "use --wan_version 2.1 or 2.2, or leave --ip_image out"
+            "use --wan_version 2.1 or 2.2, leave --ip_image out, or make a first frame of it (--first_frame instantid)"
         )
-    for photo in settings.ip_image:
-        if "://" not in photo and not Path(photo).is_file():
-            raise InputError(f"--ip_image {photo}: no such file; give a picture's path or URL")
+    check_pictures(ip_image=settings.ip_image)
     if len(settings.guidance_scale) > (2 if config.get("experts") else 1):
         raise UsageError(f"--guidance_scale: {len(settings.guidance_scale)} values for one model; give one")
     if (family := family_of(config)) not in settings.families:
@@ -268,7 +356,7 @@ def check_split(settings: Settings, shape: WanConfig) -> None:
     degrees = f"--ulysses_degree {settings.ulysses_degree} x --ring_degree {settings.ring_degree}"
     if tokens % processes:
         raise UsageError(f"{degrees}: the video's {tokens} tokens do not divide by {processes}; change size or frames")
-    if settings.ip_image and REFERENCE_TOKENS * len(settings.ip_image) % processes:
+    if REFERENCE_TOKENS * len(settings.stand_in_photos) % processes:
         raise UsageError(
             f"{degrees}: the photo's {REFERENCE_TOKENS} tokens do not divide by {processes}; use 2, 4 or 8"
         )

@@ -60,9 +60,9 @@ def prepare_faces(settings: Settings, output: Path | None = None) -> list[numpy.
     """
     faces = []
     detector = parser = None
-    if settings.ip_image and not settings.no_face_crop:
+    if settings.stand_in_photos and not settings.no_face_crop:
         detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
-    for number, photo in enumerate(settings.ip_image):
+    for number, photo in enumerate(settings.stand_in_photos):
         face = read_face(settings, photo, detector, parser).rgb
         if output is not None:
             write_png(output.with_suffix(f".face{number}.png"), face, overwrite=True)
@@ -320,7 +320,9 @@ class VideoMaker:
             "made_by": "Selfsame",
             "settings": settings,
             "weights": self.wan.fingerprints(),
-            "faces": dict(zip(self.settings.ip_image, self.face_hashes, strict=True)),  # sha256 of the prepared pixels
+            "faces": dict(
+                zip(self.settings.stand_in_photos, self.face_hashes, strict=True)
+            ),  # sha256 of the prepared pixels
             "untrained": self.wan.is_tiny,
             "sigmas": [round(sigma, 6) for sigma in self.schedule.sigmas.tolist()],
             "device": self.wan.device.type,

@@ -474,6 +474,38 @@ def read_metadata(path: str | os.PathLike) -> dict:
     raise InputError(f"{path} carries no record of what made it, and {sidecar_path(Path(path)).name} does not either")
 
 
+def add_metadata(path: Path, further: dict) -> None:
+    """Add what is known only now to the record in a finished video and beside it. Its streams are copied as they are.
+
+    Raises:
+        InputError: the video carries no record.
+        ResourceError: the disk is full.
+    """
+    metadata = read_metadata(path) | further
+    part, sidecar_part = path.with_name(f".{path.stem}.part.mp4"), path.with_name(f".{path.stem}.part.json")
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".ffmetadata") as comment:
+            comment.write(ffmetadata({"comment": to_json(metadata)}))
+            comment.flush()
+            result = run_ffmpeg(
+                *("-y", "-i", ffmpeg_url(path), "-f", "ffmetadata", "-i", comment.name, "-map", "0", "-c", "copy"),
+                *("-map_metadata", "1", *MP4, ffmpeg_url(part)),
+            )
+        if result.returncode != 0:
+            raise ResourceError(
+                f"{path}: its record cannot be written: {reasons(result.stderr, 'no reason given')[-1]}"
+            )
+        sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
+        for written, place in ((sidecar_part, sidecar_path(path)), (part, path)):
+            sync(written)
+            os.replace(written, place)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        for written in (part, sidecar_part):
+            written.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 

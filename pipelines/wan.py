@@ -137,7 +137,7 @@ class Wan:
         for expert in range(self.num_experts):
             if not self.transformer_path(expert).exists():
                 raise WeightsError(f"{self.transformer_path(expert)}: no such weights; {self.hint(self.base)}")
-            if self.settings.ip_image:
+            if self.settings.stand_in_photos:
                 self.stand_in_path(expert)
 
     def fingerprints(self) -> dict[str, str]:
@@ -148,7 +148,7 @@ class Wan:
         files = {}
         for expert in range(self.num_experts):
             files[str(self.transformer_path(expert))] = fingerprint(self.transformer_path(expert))
-            if self.settings.ip_image:
+            if self.settings.stand_in_photos:
                 files[str(self.stand_in_path(expert))] = fingerprint(self.stand_in_path(expert))
         return files | loras
 

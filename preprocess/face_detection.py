@@ -2,6 +2,7 @@
 
 detector = load_detector()                           # antelopev2 where its weights are, else OpenCV's cascade
 for face in detector(picture): ...
+detector = load_recogniser()                         # antelopev2 with ArcFace: every face comes with its embedding
 """
 
 import logging
@@ -25,6 +26,7 @@ class Face:
     score: float  # 0..1
     keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
     landmarks: np.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
+    embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
 
 
 def load_detector(path=None, *, landmarks=False):
@@ -55,6 +57,30 @@ def load_detector(path=None, *, landmarks=False):
     return InsightFaceDetector(folder, landmarks)
 
 
+def load_recogniser(path=None, needed_by="this"):
+    """A detector whose faces carry their ArcFace embedding.
+
+    Args:
+        path: as for `load_detector`.
+        needed_by: the flag or method that cannot do without, for the message.
+
+    Raises:
+        WeightsError: antelopev2 is not there (nothing stands in for it), damaged, or insightface is not installed.
+    """
+    folder = _onnx_folder(path or DETECTOR_PATH)
+    if folder is None:
+        raise WeightsError(
+            f"{needed_by} needs the face models of antelopev2, which are not in {str(path or DETECTOR_PATH)!r}; "
+            "fetch them with `python download_models.py --only antelopev2`"
+        )
+    return InsightFaceDetector(folder, embeddings=True)
+
+
+def recogniser_is_there(path=None):
+    """Whether `load_recogniser` has files to load."""
+    return _onnx_folder(path or DETECTOR_PATH) is not None
+
+
 def _onnx_folder(root):
     """Where the .onnx files are: insightface's own layout, a flat folder, or the doubly nested one of its zip."""
     for folder in ("", "models/antelopev2", "antelopev2", "models/antelopev2/antelopev2"):
@@ -64,9 +90,11 @@ def _onnx_folder(root):
 
 
 class InsightFaceDetector:
-    """SCRFD-10G of antelopev2, and its landmarks (1k3d68) where they are asked for, through insightface."""
+    """SCRFD-10G of antelopev2 through insightface; where they are asked for with its landmarks (1k3d68) and embeddings
+    (ArcFace-R100).
+    """
 
-    def __init__(self, folder, landmarks=False):
+    def __init__(self, folder, landmarks=False, embeddings=False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -86,7 +114,8 @@ class InsightFaceDetector:
                 logger.info(
                     "onnxruntime has no CUDA: faces are detected on the CPU (requirements.txt says how to change it)"
                 )
-        modules = ["detection", "landmark_3d_68"] if landmarks else ["detection"]
+        further = {"landmark_3d_68": landmarks, "recognition": embeddings}
+        modules = ["detection", *(name for name, wanted in further.items() if wanted)]
         try:
             self.analysis = FaceAnalysis(name=str(folder), providers=providers, allowed_modules=modules)
         except AssertionError as error:  # its way of saying that no file is a detector
@@ -99,11 +128,13 @@ class InsightFaceDetector:
                 f"the face detector in {str(folder)!r} cannot be loaded ({str(error).strip()[:160]}); "
                 "fetch it again with `python download_models.py --only antelopev2`"
             ) from error
-        if landmarks and "landmark_3d_68" not in self.analysis.models:
-            raise WeightsError(
-                f"no landmark model (1k3d68.onnx) among the .onnx files in {str(folder)!r}; "
-                "fetch them again with `python download_models.py --only antelopev2`"
-            )
+        names = {"landmark_3d_68": "landmark model (1k3d68.onnx)", "recognition": "face recogniser (glintr100.onnx)"}
+        for module, name in names.items():
+            if further[module] and module not in self.analysis.models:
+                raise WeightsError(
+                    f"no {name} among the .onnx files in {str(folder)!r}; "
+                    "fetch them again with `python download_models.py --only antelopev2`"
+                )
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
@@ -115,9 +146,17 @@ class InsightFaceDetector:
                 float(face.det_score),
                 face.kps,
                 None if face.landmark_3d_68 is None else face.landmark_3d_68[:, :2],
+                face.embedding,
             )
             for face in found
         ]
+
+    def embed(self, image, keypoints):
+        """ArcFace's embedding (512,) of a face that another detector found, from its five points (5, 2)."""
+        from insightface.app.common import Face as InsightFace
+
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        return self.analysis.models["recognition"].get(bgr, InsightFace(kps=np.asarray(keypoints, np.float32)))
 
 
 class CascadeDetector:

@@ -153,16 +153,29 @@ def load_bisenet(path):
         WeightsError: the file is damaged, holds code, or is another network's.
     """
     refetch = "fetch it again with `python download_models.py --only face-parsing`"
+    return load_network(BiSeNet(), path, "facexlib's BiSeNet", refetch)
+
+
+def load_network(model, path, name, refetch):
+    """Fill a network of facexlib from its released file, strictly; in eval mode on the CPU.
+
+    Args:
+        name: what the network is called in messages.
+        refetch: how to get the file; ends the message.
+
+    Raises:
+        WeightsError: the file is damaged, holds code, or is another network's.
+    """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"parser weights {str(path)!r} cannot be read ({reason[:160]}); {refetch}") from error
-    model = BiSeNet()
+        raise WeightsError(f"weights {str(path)!r} cannot be read ({reason[:160]}); {refetch}") from error
     try:
-        model.load_state_dict(state_dict)
+        # Saved from DataParallel, some of them carry its prefix.
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state_dict.items()})
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{str(path)!r} is not facexlib's BiSeNet: {_first_difference(error)}; {refetch}") from error
+        raise WeightsError(f"{str(path)!r} is not {name}: {_first_difference(error)}; {refetch}") from error
     return model.eval()
 
 

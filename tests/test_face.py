@@ -23,6 +23,7 @@ from preprocess.face import (
 from preprocess.face_detection import DETECTOR_PATH, CascadeDetector, Face, InsightFaceDetector, load_detector
 from preprocess.face_parsing import BiSeNet
 from preprocess.image import read_image
+from tests.tiny_face import write_antelopev2
 
 ROOT = Path(__file__).parents[1]
 PORTRAIT = ROOT / "assets" / "face.png"
@@ -278,33 +279,7 @@ def test_grabcut_has_no_classes_for_the_other_masks(portrait):
 
 @pytest.fixture(scope="module")
 def antelopev2(tmp_path_factory):
-    """A folder as antelopev2's, its detector finding two faces at fixed places whatever the picture shows."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    outputs = {}
-    for kind, width in (("score", 1), ("box", 4), ("keypoints", 10)):
-        for stride in (8, 16, 32):
-            outputs[f"{kind}_{stride}"] = np.zeros((2 * (640 // stride) ** 2, width), np.float32)  # 2 anchors a cell
-    for row, column, score, reach in ((6, 8, 0.9, 3), (10, 16, 0.6, 1)):
-        anchor = 2 * (row * 20 + column)
-        outputs["score_32"][anchor] = score
-        outputs["box_32"][anchor] = reach  # strides to the left, top, right, bottom of the cell's corner
-        outputs["keypoints_32"][anchor] = (-1, -1, 1, -1, 0, 0, -1, 1, 1, 1)
-
-    def save(path, outputs, size):
-        picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size, size])
-        nodes = [helper.make_node("Constant", [], [k], value=numpy_helper.from_array(v)) for k, v in outputs.items()]
-        infos = [helper.make_tensor_value_info(k, TensorProto.FLOAT, v.shape) for k, v in outputs.items()]
-        graph = helper.make_graph(nodes, "graph", [picture], infos)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
-
-    root = tmp_path_factory.mktemp("antelopev2")
-    folder = root / "models" / "antelopev2"
-    folder.mkdir(parents=True)
-    save(folder / "scrfd_10g_bnkps.onnx", outputs, 640)
-    save(folder / "glintr100.onnx", {"embedding": np.zeros((1, 512), np.float32)}, 112)
-    return root
+    return write_antelopev2(tmp_path_factory.mktemp("antelopev2"))
 
 
 @pytest.mark.parametrize("inside", ["", "models/antelopev2"])

@@ -410,7 +410,7 @@ def test_two_experts_with_an_identity_each(tmp_path):
         (["--ulysses_degree", "4"], 2, ["--ulysses_degree 4", "2 heads"]),
         (["--config", "nothing"], 2, ["nothing", "tiny", "wan2.1-t2v-14B"]),
         (["--config", "missing.json"], 2, ["missing.json", "no such file"]),
-        (["--config", "wan2.1-i2v-14B-480P", "--prompt", "x"], 2, ["family i2v", "accepted here are t2v"]),
+        (["--config", "wan2.1-i2v-14B-480P", "--prompt", "x"], 2, ["starts from a picture", "--image"]),
         (["--config", "wan2.1-t2v-1.3B", "--ip_image", "a.png", "--prompt", "x"], 2, ["--ip_image", "14B models"]),
         (["--wan_version", "2.1", "--prompt", "x"], 2, ["--ip_image"]),
         (["--wan_version", "3"], 2, ["--wan_version 3", "2.1, 2.2"]),

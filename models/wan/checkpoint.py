@@ -39,19 +39,20 @@ _SHOWN = 3  # how many keys of each kind an error names
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read_tensors(path: str | Path, *, hint: str = "") -> dict[str, Tensor]:
+def read_tensors(path: str | Path, *, hint: str = "", nested: Iterable[str] = ()) -> dict[str, Tensor]:
     """All tensors of a weights file, or of a folder that holds one set of weights, mapped from disk.
 
     Args:
         path: `.safetensors`, `.pth`, `.pt`, `.ckpt`, `.bin`, or a folder (index, shards, or one file).
         hint: what to do when the file is missing or damaged, e.g. the download command; ends the message.
+        nested: keys of state dicts within the state dict; their names are put before those of their tensors.
 
     Raises:
         WeightsError: missing, truncated, not a weights file, would run code, or an incomplete set of shards.
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, hint=hint):
-        found = _read_file(file, hint)
+        found = _read_file(file, hint, nested)
         if twice := tensors.keys() & found.keys():
             raise WeightsError(f"{file}: {_name_some(twice)} is also in another shard; remove the stale file")
         tensors |= found
@@ -138,7 +139,7 @@ def _complete_shards(folder: Path, shards: list[re.Match], hint: str) -> list[Pa
     return [found[number] for number in sorted(found)]
 
 
-def _read_file(file: Path, hint: str) -> dict[str, Tensor]:
+def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor]:
     """One file, its kind told by its first bytes: names lie (renamed downloads, error pages, LFS pointers)."""
     with open(file, "rb") as stream:
         start = stream.read(512)
@@ -155,7 +156,7 @@ def _read_file(file: Path, hint: str) -> dict[str, Tensor]:
     if file.suffix == ".safetensors" or start[8:9] == b"{":
         _check_safetensors(file, hint)
         return safetensors.torch.load_file(file)
-    return _unwrap(_torch_load(file, hint), file)
+    return _unwrap(_torch_load(file, hint), file, nested)
 
 
 def _check_safetensors(file: Path, hint: str) -> None:
@@ -199,7 +200,7 @@ def _torch_load(file: Path, hint: str) -> object:
         raise WeightsError(_with_hint(f"{file}: damaged or not a weights file ({reason})", hint)) from error
 
 
-def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
+def _unwrap(content: object, file: Path, nested: Iterable[str]) -> dict[str, Tensor]:
     """The state dict inside the dicts that trainers put around it."""
     while isinstance(content, Mapping):
         wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -208,6 +209,10 @@ def _unwrap(content: object, file: Path) -> dict[str, Tensor]:
         content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{file}: no state dict inside (found {type(content).__name__})")
+    for name in nested:
+        if isinstance(inner := content.get(name), Mapping):
+            content = {key: value for key, value in content.items() if key != name}
+            content |= {f"{name}.{key}": value for key, value in inner.items()}
     if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
         raise WeightsError(f"{file}: {_name_some(others)} in its state dict not a tensor")
     return dict(content)

@@ -44,7 +44,7 @@ def check_bisenet(case):
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if "state_dict_shapes" in case.config:
         assert shapes == {name: list(shape) for name, shape in case.config["state_dict_shapes"].items()}
-    model.load_state_dict({name: _weight(name, shape, case.config) for name, shape in shapes.items()})
+    model.load_state_dict({name: made_weight(name, shape, case.config) for name, shape in shapes.items()})
     with torch.inference_mode():
         logits = model.eval()(case.inputs["pixel_values"])
     case.check("logits", logits)
@@ -55,7 +55,7 @@ def check_bisenet(case):
     case.check("labels", torch.where(behind <= 2 * case.atol, expected, labels))
 
 
-def _weight(name, shape, config):
+def made_weight(name, shape, config):
     """One tensor by the rule of the case (`config.weights_rule`): weights are made, not stored."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + config["seed_offset"])
     if name.endswith("num_batches_tracked"):

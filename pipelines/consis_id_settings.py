@@ -1,0 +1,90 @@
+"""The settings of a ConsisID run, checked without torch."""
+
+import dataclasses
+import logging
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+
+from errors import UsageError
+from pipelines.settings import BOUNDS, CHOICES, LikenessSettings, check_pictures, check_values, merge_settings
+
+logger = logging.getLogger("selfsame")
+
+FACE_DETECTORS = ("retinaface", "scrfd")
+FACE_SELECTS = ("one", "upstream")
+
+
+@dataclass(frozen=True)
+class ConsisIDSettings(LikenessSettings):
+    """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
+
+    # what
+    prompt: tuple[str, ...]
+    ip_image: tuple[str, ...]
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    # how
+    num_inference_steps: int
+    guidance_scale: tuple[float, ...]
+    # which weights
+    config: str
+    base_path: str | None = None
+    face_encoder_path: str | None = None
+    antelopv2_path: str | None = None
+    face_parser_path: str | None = None
+
+    seed: tuple[int, ...] = (0,)
+    identity_strength: float = 1.0
+    face_index: int | None = None
+    face_detector: str = "retinaface"
+    face_select: str = "one"
+    # where and on what
+    output: str | None = None  # None: outputs/output.mp4, or the next free number
+    overwrite: bool = False
+    quality: int = 9
+    tiled: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    memory: str = "model"
+    fp8: bool = False
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
+    """Settings and config.
+
+    Raises:
+        UsageError: a value out of its bounds, or a flag that ConsisID does not have.
+        InputError: a photo that is not there.
+    """
+    settings, config = merge_settings(args, ConsisIDSettings)
+    check_values(settings, BOUNDS, CHOICES | {"face_detector": FACE_DETECTORS, "face_select": FACE_SELECTS})
+    if len(settings.ip_image) != 1:
+        raise UsageError(f"--ip_image: ConsisID takes the photo of one person, {len(settings.ip_image)} were given")
+    if len(settings.guidance_scale) != 1:
+        raise UsageError(f"--guidance_scale: {len(settings.guidance_scale)} values for one model; give one")
+    if settings.face_select == "upstream" and (settings.face_index is not None or settings.face_detector == "scrfd"):
+        raise UsageError(
+            "--face_select upstream takes the largest face for one network and RetinaFace's most central for the "
+            "other: leave out --face_index and --face_detector"
+        )
+    if settings.fp8 and settings.memory in ("group", "sequential"):
+        raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+    check_pictures(ip_image=settings.ip_image)
+    rounded = {
+        "height": math.ceil(settings.height / 16) * 16,  # a token covers 2 x 2 latent cells of 8 pixels
+        "width": math.ceil(settings.width / 16) * 16,
+        # The VAE makes one frame of the first latent frame only where an odd number of them comes in.
+        "num_frames": math.ceil((settings.num_frames - 1) / 8) * 8 + 1,
+    }
+    for name, value in rounded.items():
+        if value != getattr(settings, name):
+            rule = "8n+1" if name == "num_frames" else "a multiple of 16"
+            logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
+    return dataclasses.replace(settings, **rounded), config

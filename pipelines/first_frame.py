@@ -1,0 +1,105 @@
+"""Photo -> first frame of a video: a picture of the person in the scene, by InstantID, at the video's size.
+
+    check_first_frame_files(settings)                    # before anything slow
+    frame = make_first_frame(settings, output)           # (H, W, 3) uint8; SDXL's memory is free again
+
+For any settings that are `FirstFrameSettings`. Beside the video lie NAME.first_frame.png, the frame exactly as the
+video model gets it (all clips of a long video are anchored to the same pixels), with all that made it inside and in
+NAME.first_frame.json; NAME.first_frame.keypoints.png, the drawing that placed the face; and
+NAME.first_frame.safetensors, the person's embedding and the keypoints.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy
+from safetensors.numpy import save_file
+
+from configs import load_config
+from errors import InputError
+from pipelines.conditions import cover_resize
+from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
+from pipelines.instant_id import FaceGuide, PictureMaker, check_files, guide_face, weights_of
+from pipelines.instant_id_settings import InstantIdSettings
+from pipelines.jobs import Job
+from pipelines.picture_file import read_picture_metadata, write_picture
+from pipelines.scoring import load_scorer, make_scored
+from preprocess.face_detection import load_recogniser
+from preprocess.image import read_image, write_png
+
+logger = logging.getLogger("selfsame")
+
+# Below this many pixels in a 480p frame the video's autoencoder (8 x 8 pixels a cell) keeps too little of a face.
+SMALLEST_FACE = 90
+
+
+def check_first_frame_files(settings: FirstFrameSettings) -> None:
+    """Say what is missing before anything is loaded.
+
+    Raises:
+        WeightsError: with the command that fetches it.
+    """
+    check_files(picture_settings(settings), load_config(settings.first_frame))
+    load_recogniser(settings.antelopv2_path, f"--first_frame {settings.first_frame}")
+
+
+def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarray:
+    """The first frame (settings.height, settings.width, 3) uint8 of the video `output`, made or, where an interrupted
+    run of the same settings left it, read.
+
+    Raises:
+        InputError: a photo without a face.
+        WeightsError: weights that are missing, damaged or of another model.
+        ResourceError: out of memory, or of disk.
+    """
+    picture, config = picture_settings(settings), load_config(settings.first_frame)
+    path = first_frame_path(output)
+    guide = guide_face(picture, load_recogniser(settings.antelopv2_path, f"--first_frame {settings.first_frame}"))
+    face_height = settings.face_height * settings.height
+    if face_height < SMALLEST_FACE:
+        logger.warning(
+            "the first frame's face will be %.0f pixels high: below %d likeness drifts; raise --face_height (%g)",
+            *(face_height, SMALLEST_FACE, settings.face_height),
+        )
+    if is_left(path, picture, guide, weights_of(picture, config), (settings.height, settings.width)):
+        logger.info("%s is used again", path)
+        return read_image(path)
+
+    scorer = load_scorer(picture, picture.ip_image)
+    maker = PictureMaker(picture, config, guide)
+    make_scored(maker, Job(picture.prompt[0], settings.first_frame_seed, path), scorer, picture)
+    maker.free()
+    frame = cover_resize(read_image(path), settings.width, settings.height)
+    record = read_picture_metadata(path)
+    save_file(
+        {"embedding": guide.embedding, "keypoints": numpy.asarray(guide.keypoints, numpy.float32)},
+        path.with_suffix(".safetensors"),
+    )
+    write_png(path.with_suffix(".keypoints.png"), guide.drawn, overwrite=True)
+    write_picture(path, frame, record | {"cropped_to": [settings.height, settings.width]})  # last: now all is there
+    return frame
+
+
+def is_left(
+    path: Path, settings: InstantIdSettings, guide: FaceGuide, weights: dict[str, str], size: tuple[int, int]
+) -> bool:
+    """Whether this very first frame is there already, whichever of the allowed seeds it took."""
+    try:
+        record = read_picture_metadata(path)
+    except InputError:
+        return False
+    made, wanted = record["settings"], settings.as_dict()
+    ignored = ("seed", "output", "overwrite", "device", "memory")
+    same = all(made.get(name) == as_json(value) for name, value in wanted.items() if name not in ignored)
+    seeds = range(settings.seed[0], settings.seed[0] + settings.max_retries + 1)
+    return (
+        same
+        and made["seed"][0] in seeds
+        and record["weights"] == weights
+        and record["face"] == guide.as_dict()
+        and record.get("cropped_to") == list(size)
+    )
+
+
+def as_json(value):
+    return list(value) if isinstance(value, tuple) else value

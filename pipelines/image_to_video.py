@@ -1,0 +1,106 @@
+"""Image-to-video: the picture as further channels and CLIP features (Wan2.1), as channels only (Wan2.2 A14B), from one
+picture to another (FLF2V), or as a first frame that is held (TI2V).
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+from torch import Tensor
+
+from models.wan.config import VARIANTS, WanConfig
+from pipelines.conditions import best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
+from pipelines.denoise import PinnedFrames
+from pipelines.distributed import Processes
+from pipelines.first_frame import check_first_frame_files, make_first_frame
+from pipelines.image_to_video_settings import ImageToVideoSettings
+from pipelines.jobs import Job
+from pipelines.settings import check_split, family_of
+from pipelines.text_to_video import VideoMaker
+from pipelines.wan import Wan
+from preprocess.image import read_image
+
+logger = logging.getLogger("selfsame")
+
+
+def open_pictures(
+    settings: ImageToVideoSettings, config: dict, processes: Processes, output: Path | None
+) -> tuple[list[numpy.ndarray], ImageToVideoSettings]:
+    """The pictures that the video starts from and ends at, (H, W, 3) uint8, and the settings at the video's real size.
+    No pictures: text-to-video. A first frame is made here, and SDXL is gone again before Wan loads.
+
+    Args:
+        output: of the first video, to put a first frame beside it; None: this process has none to make.
+
+    Raises:
+        InputError: a picture that cannot be read, or a photo without a face.
+        WeightsError: a first frame's weights are missing.
+    """
+    if settings.first_frame is not None and output is not None:
+        Wan(settings, config, processes).check_files()  # before the minutes that SDXL takes
+        check_first_frame_files(settings)
+        frame = make_first_frame(settings, output) if processes.writes else None
+        pictures = [processes.share(frame)]
+    else:
+        pictures = [read_image(settings.image, "--image")] if settings.image else []
+    if settings.last_image is not None:
+        pictures.append(read_image(settings.last_image, "--last_image"))
+    if not pictures:
+        return [], settings
+    height, width = video_size(pictures[0], settings.height, settings.width, config)
+    if (height, width) != (settings.height, settings.width):
+        logger.info("the video is %dx%d: the picture's shape, and about as many pixels as asked for", width, height)
+    settings = replace(settings, height=height, width=width)
+    check_split(settings, VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"]))
+    return pictures, settings
+
+
+def video_size(picture: numpy.ndarray, height: int, width: int, config: dict) -> tuple[int, int]:
+    """Height and width in the picture's shape, of about height x width pixels. A picture of just that shape keeps
+    them; upstream's rounding would make 464 of some 480.
+    """
+    if picture.shape[0] * width == picture.shape[1] * height:
+        return height, width
+    if family_of(config) == "ti2v":
+        multiple = 2 * VARIANTS[config["variant"]].vae_spatial_factor
+        best_width, best_height = best_output_size(picture.shape[1], picture.shape[0], multiple, height * width)
+        return best_height, best_width
+    rows, columns = latent_size(*picture.shape[:2], height * width)
+    return 8 * rows, 8 * columns
+
+
+class ImageToVideoMaker(VideoMaker):
+    """Makes videos that start from pictures.
+
+    Args:
+        wan, text: as for `VideoMaker`.
+        pictures: the first, or the first and the last.
+    """
+
+    def __init__(self, wan: Wan, text: dict[str, Tensor], pictures: Sequence[numpy.ndarray]):
+        super().__init__(wan, text, faces=())
+        height, width = self.settings.height, self.settings.width
+        self.picture_hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+        self.pinned: PinnedFrames | None = None
+        self.condition: Tensor | None = None
+        if len(pictures) > 1 and pictures[1].shape[0] * width != pictures[1].shape[1] * height:
+            pictures = [pictures[0], cover_resize(pictures[1], width, height)]  # cut, not squeezed
+        clips = [image_to_clip(picture)[:, :, 0] for picture in pictures]  # (1, 3, H, W) in [-1, 1]
+        features = wan.encode_images(clips)
+        self.image_features = None if features is None else features.to(wan.device)
+        with wan.vae() as vae:
+            if wan.transformer_config.in_dim == wan.transformer_config.out_dim:
+                self.pinned = PinnedFrames(vae.encode(image_to_clip(cover_resize(pictures[0], width, height))))
+            else:
+                frames = dict(zip((0, self.settings.num_frames - 1), clips, strict=False))
+                size = (height // vae.spatial_factor, width // vae.spatial_factor)
+                self.condition = frames_condition(vae, self.settings.num_frames, size, frames).y.to(wan.device)
+
+    def conditions(self) -> dict:
+        return {"condition": self.condition, "pinned": self.pinned}
+
+    def metadata(self, job: Job) -> dict:
+        return super().metadata(job) | {"pictures": self.picture_hashes}  # sha256 of the pixels

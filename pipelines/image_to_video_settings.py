@@ -1,0 +1,169 @@
+"""The settings of videos that start from a picture, given or made for the occasion: checked without torch."""
+
+import dataclasses
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import load_config
+from errors import UsageError
+from pipelines.instant_id_settings import (
+    FACE_CENTRE,
+    FACE_HEIGHT,
+    FACE_ROLL,
+    MULTIPLE,
+    InstantIdSettings,
+    check_instant_id,
+)
+from pipelines.settings import (
+    LikenessSettings,
+    Settings,
+    check_likeness,
+    check_pictures,
+    family_of,
+    resolve_settings,
+)
+
+FIRST_FRAMES = ("instantid",)
+PICTURE_AREA = 1024 * 1024  # of the pictures that SDXL makes best
+PICTURE_AREAS = (0.8 * 2**20, 1.1 * 2**20)  # what is near enough to it
+# --wan_version -> what --image and --first_frame take by themselves
+PICTURE_CONFIGS = {None: "tiny-i2v", "2.1": "wan2.1-i2v-14B-480P", "2.2": "wan2.2-i2v-A14B"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstFrameSettings(Settings, LikenessSettings):
+    """A picture to start from, made from the photo by InstantID. Its fields have InstantID's names and meanings."""
+
+    first_frame: str | None = None
+    first_frame_prompt: str | None = None  # the scene; None: the video's prompt
+    first_frame_seed: int = 0
+    sdxl_path: str | None = None
+    instantid_path: str | None = None
+    ip_adapter_scale: float = 0.8
+    controlnet_conditioning_scale: float = 0.8
+    face_height: float = FACE_HEIGHT
+    face_centre: tuple[float, ...] = FACE_CENTRE
+    face_roll: float = FACE_ROLL
+    region_mask: bool = False
+
+    @property
+    def stand_in_photos(self) -> tuple[str, ...]:
+        """The photo of a first frame is InstantID's, not Stand-In's."""
+        return () if self.first_frame else self.ip_image
+
+
+def check_first_frame(settings: FirstFrameSettings) -> None:
+    """
+    Raises:
+        UsageError: a first frame without a photo, of several scenes, or flags that only a first frame uses.
+        InputError: a photo that is not there.
+    """
+    check_likeness(settings)
+    if settings.first_frame is None:
+        for name in FirstFrameSettings.__annotations__:
+            if getattr(settings, name) != getattr(FirstFrameSettings, name):
+                raise UsageError(f"--{name}: used only with --first_frame instantid (or --method instantid)")
+        return
+    if settings.first_frame not in FIRST_FRAMES:
+        raise UsageError(f"--first_frame {settings.first_frame}: accepted is {', '.join(FIRST_FRAMES)}")
+    if len(settings.prompt) > 1 and settings.first_frame_prompt is None:
+        raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
+    picture_settings(settings)
+
+
+def picture_settings(settings: FirstFrameSettings) -> InstantIdSettings:
+    """The InstantID run that makes the first frame.
+
+    Raises:
+        UsageError, InputError: `check_instant_id`.
+    """
+    height, width = picture_size(settings.height, settings.width)
+    shared = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(InstantIdSettings)
+        if hasattr(settings, field.name)
+    }
+    values = shared | {
+        "prompt": (settings.first_frame_prompt or settings.prompt[0],),
+        "seed": (settings.first_frame_seed,),
+        "config": settings.first_frame,
+        "height": height,
+        "width": width,
+        "memory": settings.memory,
+        "output": None,
+        "overwrite": True,
+    }
+    defaults = load_config(settings.first_frame)["defaults"]  # the video's own are another model's
+    values |= defaults | {"guidance_scale": (defaults["guidance_scale"],)}
+    return check_instant_id(InstantIdSettings(**values))
+
+
+def picture_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width for SDXL with nearly the video's aspect: about a megapixel, multiples of 64."""
+
+    def misfit(size: tuple[int, int]) -> tuple[float, int]:
+        aspect = math.log(size[0] / size[1]) - math.log(height / width)
+        return round(abs(aspect), 6), abs(size[0] * size[1] - PICTURE_AREA)
+
+    sides = range(512, 2049, MULTIPLE)
+    sizes = [(h, w) for h in sides for w in sides if PICTURE_AREAS[0] <= h * w <= PICTURE_AREAS[1]]
+    return min(sizes, key=misfit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToVideoSettings(FirstFrameSettings):
+    """infer.py's: text-to-video, or with a first (and last) picture. The video keeps the picture's shape; height and
+    width say how many pixels it has.
+    """
+
+    families = ("t2v", "ti2v", "i2v", "fun", "flf2v")
+
+    image: str | None = None
+    last_image: str | None = None
+
+    def as_dict(self) -> dict:
+        """Without what `Settings` does not have, where it is at its default: a plain run's JSON fits all scripts."""
+        shared = {field.name for field in dataclasses.fields(Settings)}
+        own = {field.name: field.default for field in dataclasses.fields(self) if field.name not in shared}
+        return {name: value for name, value in super().as_dict().items() if name not in own or value != own[name]}
+
+
+def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]:
+    """`resolve_settings`, for models that start from text, from a picture, or from either.
+
+    Raises:
+        UsageError: also for pictures the model does not take, or lacks.
+        InputError: a picture that is not there.
+    """
+    if args.config is None and (args.image or args.last_image or args.first_frame):
+        version = args.wan_version or ("2.1" if args.base_path else None)
+        if version in PICTURE_CONFIGS:
+            args.config, args.wan_version = PICTURE_CONFIGS[version], None
+    settings, config = resolve_settings(args, ImageToVideoSettings)
+    check_first_frame(settings)
+    pictures = {name: getattr(settings, name) for name in ("image", "last_image")}
+    check_pictures(**{name: (path,) for name, path in pictures.items() if path is not None})
+    family, name = family_of(config), config["name"]
+    if settings.image and settings.first_frame:
+        raise UsageError("--image and --first_frame: one picture to start from is enough; give one of them")
+    start = "--image" if settings.image else "--first_frame" if settings.first_frame else None
+    if family == "t2v" and (start or settings.last_image):
+        raise UsageError(
+            f"{start or '--last_image'}: {name} starts from text; for a picture use --config wan2.1-i2v-14B-480P, "
+            "wan2.2-i2v-A14B, wan2.2-ti2v-5B or wan2.1-fun-1.3B-inp"
+        )
+    if family not in ("t2v", "ti2v") and start is None:
+        raise UsageError(
+            f"--config {name}: starts from a picture; give --image, or --first_frame instantid with --ip_image"
+        )
+    if family == "flf2v" and settings.last_image is None:
+        raise UsageError(f"--config {name}: runs from one picture to another; give --last_image too")
+    if family != "flf2v" and settings.last_image is not None:
+        raise UsageError(f"--last_image: {name} takes none; use --config wan2.1-flf2v-14B-720P")
+    return settings, config
+
+
+def first_frame_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.first_frame.png")

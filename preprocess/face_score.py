@@ -1,0 +1,109 @@
+"""How much the people in pictures look like a photo: the cosine of ArcFace embeddings, one number for every method.
+
+    python -m preprocess.face_score me.jpg out.mp4 other.png
+
+    scorer = FaceScorer(load_recogniser(), [read_image("me.jpg")])
+    scorer.score(frames)                                 # FaceScore(value=0.61, with_face=8, pictures=8)
+
+The same person usually has 0.5 and more, different people 0 to 0.3. Turned, small and covered faces have less.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from errors import InputError
+from preprocess.face_detection import Face
+
+logger = logging.getLogger("selfsame")
+
+
+@dataclass(frozen=True)
+class FaceScore:
+    """The likeness of some pictures."""
+
+    value: float  # mean cosine over the pictures with a face; of several people the least alike one's; 0 without a face
+    with_face: int  # pictures in which a face was found
+    pictures: int
+
+    def as_dict(self) -> dict:
+        return {"cosine": round(self.value, 4), "frames_with_face": self.with_face, "frames_looked_at": self.pictures}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.with_face} of {self.pictures} pictures with a face)"
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two embeddings, normalised or not."""
+    return float(np.dot(a, b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+class FaceScorer:
+    """Compares pictures with the people of photos.
+
+    Args:
+        recogniser: from `load_recogniser`: picture -> faces with embeddings.
+        photos: (H, W, 3) uint8 RGB, one a person; the largest face counts, or the `face_index`-th from the left.
+        names: what messages call the photos.
+
+    Raises:
+        InputError: a photo without a face.
+    """
+
+    def __init__(
+        self,
+        recogniser: Callable[[np.ndarray], list[Face]],
+        photos: Sequence[np.ndarray],
+        face_index: int | None = None,
+        names: Sequence[str] = (),
+    ):
+        from preprocess.face import choose_face
+
+        self.recogniser = recogniser
+        self.people = []  # embeddings (512,)
+        for number, photo in enumerate(photos):
+            name = names[number] if names else "the photo"
+            faces = recogniser(photo)
+            if not faces:
+                raise InputError(f"no face found in {name}, so there is nothing to compare with; give another photo")
+            self.people.append(choose_face(faces, face_index, name).embedding)
+
+    def score(self, pictures: Iterable[np.ndarray]) -> FaceScore:
+        """The likeness of (H, W, 3) uint8 pictures. In each, every person is compared with the face most like them."""
+        likenesses = []  # (people,) of each picture with a face
+        count = 0
+        for picture in pictures:
+            count += 1
+            if faces := self.recogniser(picture):
+                likenesses.append([max(cosine(person, f.embedding) for f in faces) for person in self.people])
+        value = float(np.mean(likenesses, axis=0).min()) if likenesses else 0.0
+        return FaceScore(value, len(likenesses), count)
+
+
+def main() -> None:
+    import argparse
+
+    from pipelines.scoring import sample_pictures
+    from preprocess.face_detection import load_recogniser
+    from preprocess.image import read_image
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photo")
+    parser.add_argument("file", nargs="+", help="picture or video")
+    parser.add_argument("--antelopv2_path", help="folder of the face models")
+    parser.add_argument("--face_index", type=int, help="which face of the photo, from the left (the largest)")
+    args = parser.parse_args()
+    recogniser = load_recogniser(args.antelopv2_path, "a face score")
+    scorer = FaceScorer(recogniser, [read_image(args.photo, "photo")], args.face_index, [args.photo])
+    for file in args.file:
+        print(f"{file}: {scorer.score(sample_pictures(file))}")
+
+
+if __name__ == "__main__":
+    from errors import exit_codes
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    with exit_codes():
+        main()
