@@ -7,6 +7,8 @@
     … --variant 2.0 …            Wan2.2, two experts;  … --variant 2.0-wan2.1 …  for Wan2.1
     … --variant 2.0-pro …        hands clips over as latents: the cleanest seams
     … --variant 2.0-pro --lora_config lora-svi-lightx2v                 six steps: with LightX2V's LoRAs beside SVI's
+    … --variant talk --ref_image_path me.jpg --audio_path speech.wav    as long as the speech, with its sound
+    … --variant dance --ref_image_path me.jpg --pose_path poses.mp4     a frame for each drawn pose
     … --extend film.mp4 --prompt "She stands up and leaves"             goes on from a video, whose frames stay
     python infer_long_video.py --config out.json --output again.mp4
 
@@ -17,6 +19,7 @@ repeated; finished clips can be watched in .NAME.clips/.
 
 Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
      or: python download_models.py --only wan2.2-i2v-A14B svi-2.0-pro lora-svi-lightx2v
+   talk: python download_models.py --only wan2.1-i2v-14B-480P svi-talk
 """
 
 import argparse
@@ -45,10 +48,10 @@ UPSTREAM_NAMES = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     long = parser.add_argument_group("long video")
-    long.add_argument("--variant", help="shot, film, tom, 2.0-wan2.1, 2.0, 2.0-pro, or a .yaml like configs/svi-*.yaml")
+    long.add_argument("--variant", help="one of the above, or a .yaml like configs/svi-*.yaml (shot)")
     long.add_argument("--ref_image_path", metavar="PICTURE", help="first frame and anchor; of a video its first frame")
     long.add_argument("--prompt_path", metavar="FILE", help='prompts one a line, or prompts = ["…", "…"]')
-    long.add_argument("--num_clips", type=int, help="(one a prompt; 10 for a single prompt)")
+    long.add_argument("--num_clips", type=int, help="(one a prompt, 10 for one prompt; as long as sound or poses last)")
     long.add_argument("--prompt_repeat", help="when the prompts do not last: last, cycle, stop (last)")
     long.add_argument("--prompt_repeat_times", type=int, help="clips for each prompt (1)")
     long.add_argument("--use_first_prompt_only", action="store_true", default=None, help="for all clips")
@@ -63,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument("--end_image", metavar="PICTURE", help="the last clip ends on it (--variant 2.0)")
     long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
     long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
-    long.add_argument("--pose_path", metavar="VIDEO", help="dance: drawn poses, as preprocess.pose draws them")
+    long.add_argument("--pose_path", metavar="VIDEO", help="dance: poses, drawn by python -m preprocess.control pose")
     long.add_argument("--output_root", metavar="FOLDER", help="write there, under the picture's name")
     long.add_argument(
         "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
@@ -91,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
 
     from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
-    from pipelines.drift_report import report
+    from pipelines.drift_report import likeness_to, report
     from pipelines.long_video import LongVideoMaker, open_existing
     from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
@@ -106,10 +109,11 @@ def main(args: argparse.Namespace) -> None:
 
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
     maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
+    likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
     for job in jobs:
         print(maker.make(job))
         if processes.writes and not settings.no_drift_report:
-            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(job.output))
+            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(job.output, likeness=likeness))
     processes.close()
 
 

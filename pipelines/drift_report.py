@@ -27,7 +27,9 @@ from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
 from pipelines.video_file import probe, read_metadata, stream_frames
-from preprocess.image import write_png
+from preprocess.face_detection import load_recogniser, recogniser_is_there
+from preprocess.face_score import FaceScorer
+from preprocess.image import read_image, write_png
 
 logger = logging.getLogger("selfsame")
 
@@ -112,6 +114,31 @@ def measure_clips(
 def to_lab(colour: numpy.ndarray) -> numpy.ndarray:
     """Mean RGB (3,) of 0 to 255 -> CIE Lab (3,)"""
     return cv2.cvtColor((colour / 255).astype(numpy.float32).reshape(1, 1, 3), cv2.COLOR_RGB2LAB).reshape(3)
+
+
+def likeness_to(picture: numpy.ndarray, models: str | None = None) -> Callable[[numpy.ndarray], float | None] | None:
+    """How much frames look like the person in a picture; None, with a word about it, where that cannot be measured.
+
+    Args:
+        models: folder of antelopev2; None looks where it is downloaded to, and does without where it is not.
+
+    Raises:
+        WeightsError: `models` is given and not there.
+    """
+    if models is None and not recogniser_is_there():
+        logger.info("likeness is not measured: no face models here (python download_models.py --only antelopev2)")
+        return None
+    try:
+        scorer = FaceScorer(load_recogniser(models, "likeness"), [picture], names=["the first frame"])
+    except InputError as error:
+        logger.info("likeness is not measured: %s", error)
+        return None
+
+    def likeness(frame: numpy.ndarray) -> float | None:
+        score = scorer.score([frame])
+        return score.value if score.with_face else None
+
+    return likeness
 
 
 # --------------------------------------------------------------------------------------------------- table and picture
@@ -204,10 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", type=Path)
     parser.add_argument("--clip_frames", type=int, help="length of a clip (as recorded, else 81)")
+    parser.add_argument("--photo", help="whose likeness is measured (of the first frame's person)")
+    parser.add_argument("--antelopv2_path", help="folder of the face models")
     args = parser.parse_args()
     if args.clip_frames is not None and args.clip_frames < 1:
         parser.error(f"--clip_frames {args.clip_frames}: give a number of frames, 81 for instance")
-    print(report(args.video, args.clip_frames))
+    probe(args.video)  # its errors come first
+    picture = next(stream_frames(args.video)) if args.photo is None else read_image(args.photo, "--photo")
+    print(report(args.video, args.clip_frames, likeness_to(picture, args.antelopv2_path)))
 
 
 if __name__ == "__main__":

@@ -40,12 +40,8 @@ MOST_CLIPS = 10_000
 EXPERT_SUFFIXES = ("_high", "_low")
 DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
 OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
-TIED_TO_DRIVER = (
-    "prompt",
-    "fps",
-    "guidance_scale",
-    "audio_guidance_scale",
-)  # of the tiny model too
+# Defaults of a driven variant that the tiny model takes over too.
+DRIVEN_DEFAULTS = ("prompt", "fps", "guidance_scale", "audio_guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,6 @@ class LongVideoSettings(LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
-    real_model: ClassVar[str] = "python download_models.py --only wan2.1-i2v-14B-480P svi-shot, then add --variant shot"
 
     ip_image: tuple[str, ...] = ()
     variant: str = "shot"
@@ -120,6 +115,12 @@ class LongVideoSettings(LoraSettings):
     audio_guidance_scale: float | None = None
     pose_path: str | None = None  # of one driven by poses
     video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
+
+    @property
+    def real_model(self) -> str:
+        released = variant_config(self.variant)
+        names = f"{released['base']['base']['name']} {released['name']}"
+        return f"python download_models.py --only {names}, then add --variant {self.variant}"
 
     @property
     def driven_by(self) -> str | None:
@@ -170,7 +171,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         args.output = str(Path(args.output_root) / f"{safe_name(Path(args.ref_image_path or 'video').stem)}.mp4")
     brought = {}
     if not resumed and "svi" not in (base := load_config(args.config)):  # sampled as the variant wants it
-        of_tiny = TIED_TO_DRIVER if Variant.of(args.variant).driven_by else ()
+        of_tiny = DRIVEN_DEFAULTS if Variant.of(args.variant).driven_by else ()
         defaults = variant_config(args.variant)["defaults"]
         brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
     brought |= brought_defaults(args.lora_config)

@@ -87,7 +87,7 @@ class TalkWan(Wan):
 
     def layers(self) -> MultiTalk:
         """The audio layers of the transformer that `transformer` returned last."""
-        return self._beside.to(self.device) if self.memory == "model" else self._beside
+        return self.beside()
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         transformer = super()._read_transformer(expert, device)

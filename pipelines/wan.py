@@ -225,6 +225,10 @@ class Wan:
             switch_loras(transformer, with_loras)
         return transformer.to(self.device) if self.memory == "model" else transformer
 
+    def beside(self) -> ModelMixin:
+        """The layers that were loaded with the transformer that `transformer` returned last."""
+        return self._beside.to(self.device) if self.memory == "model" else self._beside
+
     def release_transformers(self, keep: int | None = None) -> None:
         """Make room on the device for another part."""
         if self.memory != "model":

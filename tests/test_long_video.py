@@ -17,7 +17,7 @@ from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Chain, clips_for, plan_clips, pose_indices, prompts_of_clips, upstream_pose_indices
-from pipelines.drift_report import clip_starts, draw, measure_clips
+from pipelines.drift_report import clip_starts, draw, likeness_to, measure_clips
 from pipelines.long_video_settings import (
     VARIANTS,
     Variant,
@@ -28,6 +28,7 @@ from pipelines.long_video_settings import (
 )
 from pipelines.tiny import tiny_transformer
 from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from preprocess.face_detection import Face
 from preprocess.prompts import read_prompt_stream
 
 PROJECT = Path(__file__).parent.parent
@@ -569,6 +570,22 @@ def test_drift_report_measures_what_was_put_in():
     picture = draw(rows)
     assert picture.shape == (7 * 150, 900, 3)
     assert (picture != 255).any()
+
+
+def test_likeness_is_the_cosine_to_the_pictures_face(monkeypatch):
+    """With a recogniser whose embedding is the mean colour, and which sees no face in black."""
+
+    def recogniser(picture: numpy.ndarray) -> list[Face]:
+        colour = picture.mean(axis=(0, 1))
+        return [Face((0, 0, 8, 8), 1.0, embedding=colour)] if colour.any() else []
+
+    monkeypatch.setattr("pipelines.drift_report.recogniser_is_there", lambda: True)
+    monkeypatch.setattr("pipelines.drift_report.load_recogniser", lambda *args: recogniser)
+    red, green, black = (numpy.full((8, 8, 3), colour, numpy.uint8) for colour in ((90, 0, 0), (0, 90, 0), (0, 0, 0)))
+    likeness = likeness_to(red)
+    assert likeness_to(black) is None
+    rows = measure_clips([red, red, black, green, red, green, black, black], [0, 2, 4, 6], likeness)
+    assert [row.likeness for row in rows] == [pytest.approx(1), pytest.approx(0), pytest.approx(0.5), None]
 
 
 def test_drift_report_as_a_command(tmp_path, reference):

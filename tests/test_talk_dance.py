@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import download_models
 from errors import InputError, WeightsError
 from models.lora import read_lora
 from models.multitalk import Speech, audio_window, latent_windows, load_multitalk
@@ -244,6 +245,11 @@ def test_one_file_holds_a_lora_and_the_embedder(tmp_path):
         assert all(torch.equal(tensor, embedder.state_dict()[name]) for name, tensor in read.state_dict().items())
         with pytest.raises(InputError, match="pose embedder of SVI-Dance.*--variant dance"):
             read_lora(file, tiny.transformer())
+
+
+def test_the_download_brings_what_talk_needs():
+    wanted = download_models.wanted_configs(download_models.parse_args(["--only", "svi-talk"]))
+    assert [config["name"] for config in wanted] == ["svi-talk", "multitalk", "chinese-wav2vec2-base"]
 
 
 def test_wrong_embedders_are_refused_by_name(tmp_path):
