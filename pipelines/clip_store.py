@@ -86,7 +86,6 @@ class ClipStore:
 
     def _described(self, count: int) -> list:
         """The first clips of the plan, as JSON gives them back."""
-        described = [
-            dataclasses.asdict(clip) | {"kept": [*clip.kept[:1], clip.kept.stop]} for clip in self.clips[:count]
-        ]
+        clips = self.clips[:count]
+        described = [dataclasses.asdict(clip) | {"kept": [clip.kept.start, clip.kept.stop]} for clip in clips]
         return json.loads(json.dumps(described))

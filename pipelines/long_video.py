@@ -218,10 +218,10 @@ class LongVideoMaker(VideoMaker):
 
     def content(self, metadata: dict) -> dict:
         """What decides every clip's content, beside the plan; further clips and other prompts may follow later."""
-        of_plan = ["prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"]
-        of_plan += ["video_frames"]
-        of_plan += [] if self.end is not None else ["num_clips"]  # which clip is the last one is seen in its frames
-        settings = {k: v for k, v in metadata["settings"].items() if k not in (*of_plan, "no_drift_report")}
+        without = ["prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"]
+        without += ["video_frames", "memory", "no_drift_report"]
+        without += [] if self.end is not None else ["num_clips"]  # which clip is the last one is seen in its frames
+        settings = {name: value for name, value in metadata["settings"].items() if name not in without}
         return metadata | {"settings": settings, "clips": None}
 
     def metadata(self, job: Job) -> dict:
