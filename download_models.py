@@ -3,6 +3,7 @@
     python download_models.py --list                          what there is, how large, what is here
     python download_models.py --wan_version 2.1               Wan2.1-T2V-14B, Stand-In, face detector and parser
     python download_models.py --wan_version 2.2               the same for Wan2.2-T2V-A14B
+    python download_models.py --method instantid              InstantID with SDXL; or consisid; face models with both
     python download_models.py --vace                          Wan2.1 with VACE-14B, which holds the base too
     python download_models.py --only wan2.1-t2v-1.3B tiny.yaml
     python download_models.py --only wan2.2-ti2v-5B --dry_run   sizes only
@@ -32,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["2.1", "2.2"],
         help="all that identity-preserving text-to-video needs; 2.1 if nothing else is asked for",
     )
+    parser.add_argument("--method", choices=["instantid", "consisid"], help="all that infer.py --method needs")
     parser.add_argument("--vace", action="store_true", help="with VACE-14B as the base (Wan2.1 only)")
     parser.add_argument("--dest", type=Path, default=Path("checkpoints"), help="root folder (default: checkpoints)")
     parser.add_argument(
@@ -43,6 +45,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def wanted_configs(args: argparse.Namespace) -> list[dict]:
     """The configs the arguments ask for, each once, in the order of the download."""
     names = list(args.only)
+    if args.method:
+        method = load_config(args.method)
+        names += [method["base"]["name"]] if method["base"] else []
+        names += [method["name"], *method["needs"]]
     version = args.wan_version or ("2.1" if args.vace or not names else None)
     if version:
         if args.vace and version != "2.1":

@@ -19,7 +19,7 @@ By other methods than Stand-In:
     python infer.py --method instantid --ip_image me.jpg --prompt "portrait of a woman in the rain" --output rain.png
     python infer.py --method consisid --ip_image me.jpg --prompt "…"   ConsisID; --config consisid-1.5 for 1.5
 
-Weights: python download_models.py --wan_version 2.1 (or --method NAME). A run that was stopped goes on when the command
+Weights: python download_models.py --wan_version 2.1, or --method NAME. A run that was stopped goes on when the command
 is repeated.
 """
 
@@ -72,7 +72,7 @@ def stand_in(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     jobs = processes.own(jobs)
-    scorer = load_scorer(settings, settings.ip_image)
+    scorer = load_scorer(settings, settings.score_photos)
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output if jobs else None)
     wan = Wan(settings, config, processes)
     wan.check()

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy
 from torch import Tensor
 
-from models.wan.config import VARIANTS, WanConfig
 from pipelines.conditions import best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
 from pipelines.first_frame import check_first_frame_files, make_first_frame
 from pipelines.image_to_video_settings import ImageToVideoSettings
 from pipelines.jobs import Job
-from pipelines.settings import check_split, family_of
+from pipelines.settings import check_split, family_of, shape_of
 from pipelines.text_to_video import VideoMaker
 from pipelines.wan import Wan
 from preprocess.image import read_image
@@ -54,7 +53,7 @@ def open_pictures(
     if (height, width) != (settings.height, settings.width):
         logger.info("the video is %dx%d: the picture's shape, and about as many pixels as asked for", width, height)
     settings = replace(settings, height=height, width=width)
-    check_split(settings, VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"]))
+    check_split(settings, shape_of(config))
     return pictures, settings
 
 
@@ -65,7 +64,7 @@ def video_size(picture: numpy.ndarray, height: int, width: int, config: dict) ->
     if picture.shape[0] * width == picture.shape[1] * height:
         return height, width
     if family_of(config) == "ti2v":
-        multiple = 2 * VARIANTS[config["variant"]].vae_spatial_factor
+        multiple = 2 * shape_of(config).vae_spatial_factor
         best_width, best_height = best_output_size(picture.shape[1], picture.shape[0], multiple, height * width)
         return best_height, best_width
     rows, columns = latent_size(*picture.shape[:2], height * width)

@@ -33,8 +33,10 @@ PICTURE_CONFIGS = {None: "tiny-i2v", "2.1": "wan2.1-i2v-14B-480P", "2.2": "wan2.
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstFrameSettings(Settings, LikenessSettings):
-    """A picture to start from, made from the photo by InstantID. Its fields have InstantID's names and meanings."""
+class FirstFrameSettings(LikenessSettings):
+    """A picture to start from, made from the photo by InstantID. To be put before a script's own `Settings` among the
+    bases. Its fields have InstantID's names and meanings.
+    """
 
     first_frame: str | None = None
     first_frame_prompt: str | None = None  # the scene; None: the video's prompt
@@ -55,9 +57,10 @@ class FirstFrameSettings(Settings, LikenessSettings):
 
 
 def check_first_frame(settings: FirstFrameSettings) -> None:
-    """
+    """Whether the first frame that is asked for can be made.
+
     Raises:
-        UsageError: a first frame without a photo, of several scenes, or flags that only a first frame uses.
+        UsageError: a first frame without a photo, or flags that only a first frame uses.
         InputError: a photo that is not there.
     """
     check_likeness(settings)
@@ -68,8 +71,6 @@ def check_first_frame(settings: FirstFrameSettings) -> None:
         return
     if settings.first_frame not in FIRST_FRAMES:
         raise UsageError(f"--first_frame {settings.first_frame}: accepted is {', '.join(FIRST_FRAMES)}")
-    if len(settings.prompt) > 1 and settings.first_frame_prompt is None:
-        raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
     picture_settings(settings)
 
 
@@ -91,7 +92,6 @@ def picture_settings(settings: FirstFrameSettings) -> InstantIdSettings:
         "config": settings.first_frame,
         "height": height,
         "width": width,
-        "memory": settings.memory,
         "output": None,
         "overwrite": True,
     }
@@ -113,7 +113,7 @@ def picture_size(height: int, width: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageToVideoSettings(FirstFrameSettings):
+class ImageToVideoSettings(FirstFrameSettings, Settings):
     """infer.py's: text-to-video, or with a first (and last) picture. The video keeps the picture's shape; height and
     width say how many pixels it has.
     """
@@ -122,6 +122,11 @@ class ImageToVideoSettings(FirstFrameSettings):
 
     image: str | None = None
     last_image: str | None = None
+
+    @property
+    def score_photos(self) -> tuple[str, ...]:
+        """Whom the video is compared with: the photo's people, or who is in the picture it starts from."""
+        return self.ip_image or ((self.image,) if self.image else ())
 
     def as_dict(self) -> dict:
         """Without what `Settings` does not have, where it is at its default: a plain run's JSON fits all scripts."""
@@ -143,6 +148,10 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
             args.config, args.wan_version = PICTURE_CONFIGS[version], None
     settings, config = resolve_settings(args, ImageToVideoSettings)
     check_first_frame(settings)
+    if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
+        raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
+    if settings.min_face_score is not None and not settings.score_photos:
+        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     pictures = {name: getattr(settings, name) for name in ("image", "last_image")}
     check_pictures(**{name: (path,) for name, path in pictures.items() if path is not None})
     family, name = family_of(config), config["name"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -151,8 +152,9 @@ def load_instant_id(settings: InstantIdSettings, config: dict, device: torch.dev
         WeightsError: files that are missing, damaged or of another model.
     """
     # transformers would note that it runs without torchvision, which nothing here needs.
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     dtype = DTYPES.get(settings.dtype, torch.float32 if device.type == "cpu" else torch.float16)
     hint = download_command(config)
     nets = [load_controlnet(identity_net_path(settings, config), dtype=dtype, hint=hint)]
@@ -177,7 +179,7 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
     """
     from diffusers import StableDiffusionXLControlNetPipeline  # not before the notes above are switched off
 
-    options = {"controlnet": controlnet, "torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
+    options = {"controlnet": controlnet, "dtype": dtype, "local_files_only": True, "add_watermarker": False}
     try:
         if path.is_file():
             layout = Path("checkpoints") / load_config("sdxl-layout")["dest"]
@@ -188,10 +190,10 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
         if is_half_precision(path):
             options["variant"] = "fp16"
         return StableDiffusionXLControlNetPipeline.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SingleFileComponentError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = download_command(base) if base else "give another --sdxl_path"
-        raise WeightsError(f"{path}: not a whole SDXL model in Diffusers layout ({reason}); {hint}") from error
+        raise WeightsError(f"{path}: not a whole SDXL model ({reason}); {hint}") from error
 
 
 def is_half_precision(folder: Path) -> bool:

@@ -221,7 +221,17 @@ def family_of(config: dict) -> str:
     """What a config's model starts from: "t2v", "i2v", "flf2v", "fun" (image-to-video of VideoX-Fun), "ti2v"."""
     if "variant" in config:
         return config["variant"].split("-")[0]
-    return "t2v" if config["transformer"]["in_dim"] == config["transformer"]["out_dim"] else "i2v"
+    shape = shape_of(config)
+    if shape.image_tokens is not None:
+        return "flf2v"
+    if shape.in_dim != shape.out_dim:
+        return "i2v"
+    return "ti2v" if shape.vae_spatial_factor == 16 else "t2v"
+
+
+def shape_of(config: dict) -> WanConfig:
+    """The transformer of a config."""
+    return VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
 
 
 def has_identity(config: dict) -> bool:
@@ -280,9 +290,10 @@ def check_values(settings: object, bounds: Mapping[str, tuple], choices: Mapping
 
 
 def check_likeness(settings: LikenessSettings) -> None:
-    """
+    """Whether there is a score for the retries to reach.
+
     Raises:
-        UsageError: retries without a score to reach.
+        UsageError: there is none.
     """
     if settings.min_face_score is None and settings.max_retries != LikenessSettings.max_retries:
         raise UsageError(f"--max_retries {settings.max_retries}: give --min_face_score, the score to reach, too")
@@ -329,7 +340,7 @@ def check_settings(settings: Settings, config: dict) -> Settings:
     if settings.step_cache != "none" and settings.compile:
         raise UsageError("--step_cache with --compile: a skipped step cannot be compiled in; choose one")
 
-    shape = VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
+    shape = shape_of(config)
     multiple = 2 * shape.vae_spatial_factor  # a token covers 2 x 2 latent cells
     rounded = {
         "height": math.ceil(settings.height / multiple) * multiple,

@@ -6,6 +6,7 @@ detector = load_recogniser()                         # antelopev2 with ArcFace: 
 """
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,8 @@ class InsightFaceDetector:
                     f"no {name} among the .onnx files in {str(folder)!r}; "
                     "fetch them again with `python download_models.py --only antelopev2`"
                 )
+        # Its own use of a scikit-image function that will be gone one day is nothing a user can mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="insightface")
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 

@@ -82,7 +82,7 @@ class FaceScorer:
         return FaceScore(value, len(likenesses), count)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     import argparse
 
     from pipelines.scoring import sample_pictures
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("file", nargs="+", help="picture or video")
     parser.add_argument("--antelopv2_path", help="folder of the face models")
     parser.add_argument("--face_index", type=int, help="which face of the photo, from the left (the largest)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     recogniser = load_recogniser(args.antelopv2_path, "a face score")
     scorer = FaceScorer(recogniser, [read_image(args.photo, "photo")], args.face_index, [args.photo])
     for file in args.file:
