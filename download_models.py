@@ -55,7 +55,8 @@ def wanted_configs(args: argparse.Namespace) -> list[dict]:
             raise UsageError(f"--vace: there is no VACE base for --wan_version {version}; use 2.1")
         stand_in = load_config(f"stand-in-wan{version}")
         base = "wan2.1-vace-14B" if args.vace else stand_in["base"]["name"]
-        names += [base, stand_in["name"], *stand_in["needs"]]
+        names += [base, stand_in["name"]]
+    names += [needed for name in names for needed in load_config(name).get("needs", ())]
     configs = [load_config(name) for name in dict.fromkeys(names)]
     for config in configs:
         if "dest" not in config:

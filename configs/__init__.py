@@ -41,17 +41,23 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
+    "multitalk": (dict,),  # widths of audio layers
+    "svi": (dict,),  # how clips of a long video are conditioned (pipelines.long_video_settings.Variant)
     "vace": (dict,),  # the base blocks of a VACE branch's hints (vace_layers)
 }
 _DEFAULTS: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "shift": (int, float),
     "guidance_scale": (int, float, dict),  # or {high: , low: } for two experts
+    "audio_guidance_scale": (int, float),  # of models that hear
     "num_frames": (int,),
     "fps": (int,),
     "height": (int,),
     "width": (int,),
     "solver": (str,),
+    "boundary": (int, float),  # where a distilled LoRA wants the experts switched
+    "lora_scale_high": (list,),  # of SVI's LoRA and the distilled one after it
+    "lora_scale_low": (list,),
     "timesteps": (list,),  # a distilled model's own, before the shift
     "negative_prompt": (str,),
     "prompt": (str,),  # of a demonstration
@@ -70,6 +76,8 @@ _INHERITED = (
     "audio_encoder",
     "tokenizer",
     "stand_in",
+    "multitalk",
+    "svi",
     "vace",
 )
 

@@ -182,15 +182,20 @@ class StatedScale:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def read_lora(path: str | Path, transformer: WanTransformer, partial: bool = False) -> Lora:
+def read_lora(path: str | Path, transformer: WanTransformer, partial: bool = False, beside: str | None = None) -> Lora:
     """Read a LoRA file, or the folder that holds one, for this transformer.
+
+    Args:
+        transformer, partial: see `Lora.from_tensors`.
+        beside: keys with this in them belong to another part in the same file, which the caller reads on its own.
 
     Raises:
         WeightsError: missing, damaged, or no weights file.
         InputError: see `Lora.from_tensors`.
     """
     file = weight_files(path)[0]
-    return Lora.from_tensors(read_tensors(path), transformer, str(path), partial, _read_stated_scale(file))
+    tensors = {key: tensor for key, tensor in read_tensors(path).items() if beside is None or beside not in key}
+    return Lora.from_tensors(tensors, transformer, str(path), partial, _read_stated_scale(file))
 
 
 def _read_stated_scale(file: Path) -> StatedScale | None:
@@ -295,6 +300,8 @@ def _likely_reason(tensors: Mapping[str, Tensor], problems: Mapping, shapes: Map
 
     if seen("_loras."):
         return "these are Stand-In's own weights: give them to --stand_in_path"
+    if seen("dwpose_embedding."):
+        return "it holds the pose embedder of SVI-Dance beside a LoRA: use infer_long_video.py --variant dance"
     if seen("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks"):
         return "it is a LoRA for Stable Diffusion (a U-Net: SD, SDXL), not for Wan"
     if seen("double_blocks", "single_blocks", "single_transformer_blocks", "joint_blocks"):

@@ -64,9 +64,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True)
     weights.add_argument("--vae_path")
     weights.add_argument("--text_encoder_path")
     weights.add_argument("--image_encoder_path", help="CLIP, of image-to-video models")
+    weights.add_argument("--antelopv2_path", help="folder of the face detector")
     if identity:
         weights.add_argument("--stand_in_path", help="Stand-In's file, or the folder it is in")
-        weights.add_argument("--antelopv2_path", help="folder of the face detector")
         weights.add_argument("--face_parser_path", help="parsing_bisenet.pth")
 
     machine = parser.add_argument_group("machine")

@@ -49,12 +49,9 @@ AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
 class AvatarWan(Wan):
     """A Wan image-to-video model with an audio adapter, which is loaded, moved and freed with its transformer."""
 
-    real_one = ("--only stableavatar-1.3B", "--config stableavatar-1.3B")
-
     def __init__(self, settings: AvatarSettings, config: dict, processes: Processes):
         super().__init__(settings, config, processes)
         self.is_tiny = self.is_tiny and settings.transformer_path is None
-        self._adapter: AudioAdapter | None = None
 
     def transformer_path(self, expert: int) -> Path:
         """StableAvatar's file: the whole transformer and the adapter, one trained on squares and one on rectangles."""
@@ -90,7 +87,7 @@ class AvatarWan(Wan):
 
     def adapter(self) -> AudioAdapter:
         """The adapter of the transformer that `transformer` returned last."""
-        return self._adapter.to(self.device) if self.memory == "model" else self._adapter
+        return self.beside()
 
     def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
         """wav2vec2 features (1, L, D) of parts of a sound, each by itself; on the disk, an hour's take 0.7 GB. The
@@ -119,37 +116,23 @@ class AvatarWan(Wan):
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         if self.is_tiny:
-            self._adapter = tiny.tiny_audio_adapter(self.config).set_compute_dtype(self.dtype)
+            self._beside = tiny.tiny_audio_adapter(self.config).set_compute_dtype(self.dtype)
             transformer = super()._read_transformer(expert, device)
         else:
-            transformer, self._adapter = load_audio_avatar(
+            transformer, self._beside = load_audio_avatar(
                 self.transformer_path(expert),
                 dtype=self.dtype,
                 device=None if self.settings.fsdp_dit else device,  # no device has to hold it whole
                 expect=self.transformer_config,
                 hint=self.hint(self.config),
             )
-        self._place(self._adapter)
+        self._place(self._beside)
         return transformer
 
     def _place(self, model: WanTransformer | AudioAdapter) -> None:
         if self.settings.fsdp_dit and isinstance(model, WanTransformer):
             shard_weights(model, self.device)
         super()._place(model)
-
-    def release_transformers(self, keep: int | None = None) -> None:
-        if self.memory == "model" and keep is None and self._adapter is not None:
-            self._adapter.to("cpu")
-        super().release_transformers(keep)
-
-    def use_attention_backend(self, name: str) -> None:
-        super().use_attention_backend(name)
-        if self._adapter is not None:
-            self._set_attention_backend(self._adapter)
-
-    def use_memory_mode(self, memory: str) -> None:
-        self._adapter = None
-        super().use_memory_mode(memory)
 
 
 def read_reference(settings: AvatarSettings) -> numpy.ndarray:

@@ -1,7 +1,6 @@
 """The settings of a talking avatar, and the sound they are for: checked without torch."""
 
 import dataclasses
-import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy
 
 from errors import InputError, UsageError
 from pipelines.lora import LoraSettings, resolve_lora_settings
-from pipelines.settings import PROJECT
+from pipelines.settings import PROJECT, check_values
 from preprocess.audio import AudioTimeline, read_audio
 
 # upstream's memory modes -> --memory and --fp8
@@ -22,8 +21,8 @@ GPU_MEMORY_MODES = {
     "model_cpu_offload_and_qfloat8": ("model", True),
     "sequential_cpu_offload": ("sequential", None),
 }
+SOLVERS = ("euler-flow", "euler")
 CHOICES = {
-    "solver": ("euler-flow", "euler"),
     "overlapping_weight_scheme": ("uniform", "log"),
     "last_window": ("full", "legacy"),
     "audio_alignment": ("released", "exact"),
@@ -48,6 +47,9 @@ class AvatarSettings(LoraSettings):
     """`num_frames` is the length of one window (upstream's clip_sample_n_frames); the video is as long as the sound."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v", "fun")
+    real_model: ClassVar[str] = (
+        "python download_models.py --only stableavatar-1.3B, then add --config stableavatar-1.3B"
+    )
 
     reference_image: str | None = None  # None: the photo in assets/, for the tiny model only
     audio: str | None = None  # None: the speech in assets/, likewise
@@ -132,17 +134,12 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
     Raises:
         UsageError, InputError.
     """
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(settings, name)
-        for number in value if isinstance(value, tuple) else () if value is None else (value,):
-            if not (isinstance(number, int | float) and math.isfinite(number) and low <= number <= high):
-                raise UsageError(f"--{name} {number}: accepted are {low:g} to {high:g}")
-    for name, accepted in CHOICES.items():
-        if (value := getattr(settings, name)) not in accepted:
-            reason = "; windows are fused after each step, which solvers with a history cannot take"
-            raise UsageError(
-                f"--{name} {value}: accepted are {', '.join(accepted)}{reason if name == 'solver' else ''}"
-            )
+    check_values(settings, BOUNDS, CHOICES)
+    if settings.solver not in SOLVERS:
+        raise UsageError(
+            f"--solver {settings.solver}: accepted are {', '.join(SOLVERS)}; windows are fused after each step, which "
+            "solvers with a history cannot take"
+        )
     if settings.audio_native_guidance is not None and len(settings.audio_native_guidance) != 2:
         raise UsageError("--audio_native_guidance: two weights, of the audio and of the latent-audio pair; 2 2 to try")
     if settings.audio_native_guidance is not None and args.sample_audio_guide_scale is not None:

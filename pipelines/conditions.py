@@ -71,10 +71,16 @@ def frames_condition(vae: WanVAE, num_frames: int, size: tuple[int, int], images
         clip[0, :, index] = F.interpolate(image.float().cpu(), size=(height, width), mode="bicubic")[0]
         known[index] = 1
     latents = vae.encode(clip)
-    # Channel c of latent frame f flags pixel frame 4f + c - 3; the first frame stands for all four of frame 0.
+    return ImageCondition(torch.cat((fold_mask(known, latents), latents), dim=1), clip)
+
+
+def fold_mask(known: Tensor, latents: Tensor) -> Tensor:
+    """Which frames are known, (T,) of 0 and 1 -> the mask channels of their latents (1, C, F, h, w): (1, 4, F, h, w).
+
+    Channel c of latent frame f flags pixel frame 4f + c - 3; the first frame stands for all four of latent frame 0.
+    """
     folded = torch.cat((known[:1].repeat(4), known[1:])).view(-1, 4).T  # (4, F)
-    mask = folded[None, :, :, None, None].expand(-1, -1, -1, *size).to(latents)
-    return ImageCondition(torch.cat((mask, latents), dim=1), clip)
+    return folded[None, :, :, None, None].expand(-1, -1, -1, *latents.shape[-2:]).to(latents)
 
 
 def image_to_video_condition(vae: WanVAE, image: numpy.ndarray, num_frames: int, max_area: int) -> ImageCondition:

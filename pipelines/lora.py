@@ -71,7 +71,19 @@ def resolve_lora_settings(
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
         WeightsError: a LoRA file that is not there.
     """
-    settings, config = resolve_settings(args, kind, _brought_defaults(args.lora_config))
+    settings, config = resolve_settings(args, kind, brought_defaults(args.lora_config))
+    check_lora_settings(settings, config, args)
+    if not any(settings.lora_files(2)):
+        if required:
+            raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
+        for name in ("lora_mode", "lora_partial", "lora_start", "lora_end"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name}: there is no --lora_path it could be for")
+    return settings, config
+
+
+def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -> None:
+    """Files, scales and mode. Raises as `resolve_lora_settings`."""
     for which in ("", "_high", "_low"):
         paths, scales = getattr(settings, f"lora_path{which}"), getattr(settings, f"lora_scale{which}")
         if len(scales) not in (1, len(paths)):
@@ -88,16 +100,9 @@ def resolve_lora_settings(
         for path in paths:
             if not Path(path).exists():
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
-    if not any(settings.lora_files(2)):
-        if required:
-            raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
-        for name in ("lora_mode", "lora_partial", "lora_start", "lora_end"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"--{name}: there is no --lora_path it could be for")
     if settings.lora_mode not in MODES:
         raise UsageError(f"--lora_mode {settings.lora_mode}: accepted are {', '.join(MODES)}")
     _check_steps(settings)
-    return settings, config
 
 
 def _check_steps(settings: LoraSettings) -> None:
@@ -113,7 +118,8 @@ def _check_steps(settings: LoraSettings) -> None:
         raise UsageError("--lora_start, --lora_end: teacache follows one model through all steps; use first_block")
 
 
-def _brought_defaults(name: str | None) -> dict:
+def brought_defaults(name: str | None) -> dict:
+    """How the LoRA of a --lora_config wants to be sampled."""
     if name is None:
         return {}
     config = load_config(name)

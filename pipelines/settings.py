@@ -64,6 +64,8 @@ class Settings:
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
     families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
+    # How to get from the tiny model to a real one.
+    real_model: ClassVar[str] = "python download_models.py --wan_version 2.1, then add --wan_version 2.1"
 
     # what
     prompt: tuple[str, ...]

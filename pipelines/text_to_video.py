@@ -81,6 +81,7 @@ class VideoMaker:
 
     audio_path: Path | str | None = None  # where the sound comes from, in the modes that have any
     audio_start: float = 0.0  # seconds into it at which the video begins
+    branches: tuple[str, ...] = (POSITIVE, NEGATIVE)  # of the guidance
     image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
@@ -242,7 +243,6 @@ class VideoMaker:
         Where live LoRAs set in or end, all that was computed with the weights before is made anew.
         """
         boundary = self.wan.config.get("boundary")
-        scales = self.settings.guidance_scale
         current: dict[int, Expert] = {}
 
         def expert_at(step: int) -> Expert:
@@ -257,26 +257,28 @@ class VideoMaker:
                 transformer = self.wan.transformer(index, with_loras)
                 if transformer.is_cache_enabled:  # of the video before; the identity's pass is not one of its steps
                     transformer.disable_cache()
-                plugins = self.plugins(index, transformer)
+                current[index] = self.expert(job, index, transformer)
                 if self.settings.step_cache == "first_block":
                     transformer.enable_cache(FirstBlockCacheConfig(threshold=self.settings.step_cache_threshold))
-                current[index] = Expert(
-                    transformer,
-                    {
-                        branch: Prompt(
-                            [self.text[prompt].to(self.wan.device)],
-                            self.image_features,
-                            keep_keys_values=self.keeps_keys,
-                        )
-                        for branch, prompt in ((POSITIVE, job.prompt), (NEGATIVE, self.settings.negative_prompt))
-                    },
-                    two_branch(scales[min(index, len(scales) - 1)]),
-                    plugins,
-                    self.tea_caches(),
-                )
             return current[index]
 
         return expert_at
+
+    def expert(self, job: Job, index: int, transformer: WanTransformer) -> Expert:
+        """A transformer with what takes part in its forward passes: prompts, guidance, plug-ins."""
+        scales = self.settings.guidance_scale
+        return Expert(
+            transformer,
+            {POSITIVE: self.prompt(job.prompt), NEGATIVE: self.prompt(self.settings.negative_prompt)},
+            two_branch(scales[min(index, len(scales) - 1)]),
+            self.plugins(index, transformer),
+            self.tea_caches(),
+        )
+
+    def prompt(self, text: str) -> Prompt:
+        """The states of a prompt, and of the picture, for one guidance branch."""
+        image = None if self.image_features is None else self.image_features.to(self.wan.device)
+        return Prompt([self.text[text].to(self.wan.device)], image, keep_keys_values=self.keeps_keys)
 
     @property
     def keeps_keys(self) -> bool:
@@ -308,7 +310,7 @@ class VideoMaker:
         coefficients = COEFFICIENTS[self.wan.config.get("variant", "t2v-14B")]
         return {
             branch: TeaCache(self.schedule.num_steps, self.settings.step_cache_threshold, coefficients)
-            for branch in (POSITIVE, NEGATIVE)
+            for branch in self.branches
         }
 
     # ------------------------------------------------------------------------------------------------- metadata

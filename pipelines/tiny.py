@@ -22,6 +22,8 @@ from transformers import (
 from models.audio_adapter import AudioAdapter
 from models.audio_encoder import AudioEncoder
 from models.identity.stand_in import StandIn
+from models.multitalk import MultiTalk
+from models.pose_embedder import PoseEmbedder
 from models.vace import VaceBranch
 from models.wan.config import WanConfig
 from models.wan.image_encoder import ImageEncoder
@@ -35,15 +37,12 @@ logger = logging.getLogger("selfsame")
 PROJECT = Path(__file__).parent.parent
 
 
-def announce(real_one: tuple[str, str]) -> None:
-    """Say what the tiny model is and how to have a real one; and keep torch to one thread, as its layers are smaller
-    than what threads cost.
-    """
+def announce(real_model: str) -> None:
+    """Say what the tiny model is; and keep torch to one thread, as its layers are smaller than what threads cost."""
     torch.set_num_threads(1)
     logger.warning(
-        "the tiny model is UNTRAINED: it shows that everything runs, its video is noise. For the real one: "
-        "python download_models.py %s, then add %s",
-        *real_one,
+        "the tiny model is UNTRAINED: it shows that everything runs, its video is noise. For the real one: %s",
+        real_model,
     )
 
 
@@ -114,6 +113,16 @@ def tiny_audio_adapter(config: dict) -> AudioAdapter:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "num_layers", "eps")}
     return fill_from_seed(AudioAdapter(**same, audio_dim=config["audio_encoder"]["hidden_size"]), config["seed"] + 40)
+
+
+def tiny_multitalk(config: dict) -> MultiTalk:
+    shape = WanConfig(**config["transformer"])
+    same = {name: getattr(shape, name) for name in ("dim", "num_heads", "num_layers", "eps")}
+    return fill_from_seed(MultiTalk(**same, **config["multitalk"]), config["seed"] + 40)
+
+
+def tiny_pose_embedder(config: dict) -> PoseEmbedder:
+    return fill_from_seed(PoseEmbedder(config["transformer"]["dim"]), config["seed"] + 41)
 
 
 def demonstration_control(num_frames: int, height: int, width: int) -> numpy.ndarray:

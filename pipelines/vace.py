@@ -97,7 +97,6 @@ class VaceWan(Wan):
     def __init__(self, settings: VaceSettings, config: dict, processes: Processes):
         super().__init__(settings, config, processes)
         self.is_tiny = self.is_tiny and settings.vace_path is None
-        self._branch: VaceBranch | None = None
 
     @property
     def base(self) -> dict:
@@ -140,14 +139,14 @@ class VaceWan(Wan):
 
     def branch(self) -> VaceBranch:
         """The branch of the transformer that `transformer` returned last."""
-        return self._branch.to(self.device) if self.memory == "model" else self._branch
+        return self.beside()
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         if self.is_tiny:
-            self._branch = tiny.tiny_vace(self.config).set_compute_dtype(self.dtype)
+            self._beside = tiny.tiny_vace(self.config).set_compute_dtype(self.dtype)
             transformer = super()._read_transformer(expert, device)
         else:
-            transformer, self._branch = load_vace(
+            transformer, self._beside = load_vace(
                 self.vace_path,
                 base_path=self.settings.base_path,
                 dtype=self.dtype,
@@ -156,22 +155,8 @@ class VaceWan(Wan):
                 vace_layers=self.base["vace"]["vace_layers"],
                 hint=self.hint(self.base),
             )
-        self._place(self._branch)
+        self._place(self._beside)
         return transformer
-
-    def release_transformers(self, keep: int | None = None) -> None:
-        if self.memory == "model" and keep is None and self._branch is not None:
-            self._branch.to("cpu")
-        super().release_transformers(keep)
-
-    def use_attention_backend(self, name: str) -> None:
-        super().use_attention_backend(name)
-        if self._branch is not None:
-            self._set_attention_backend(self._branch)
-
-    def use_memory_mode(self, memory: str) -> None:
-        self._branch = None
-        super().use_memory_mode(memory)
 
 
 class VaceMaker(VideoMaker):

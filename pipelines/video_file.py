@@ -20,7 +20,7 @@ import stat
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -166,6 +166,29 @@ class VideoWriter:
             raise cannot_write(self.path, error) from None
         self.num_frames += len(frames)
 
+    def join(self, videos: Sequence[str | os.PathLike]) -> None:
+        """Take the frames of finished videos, one after another, as they are encoded: nothing is encoded again.
+
+        Once, and instead of `write`. They must be of one size and rate, and written by this class (`same_encoding`).
+        """
+        assert self._ffmpeg is None and not self.num_frames, "frames were written already"
+        comment, comment_outputs = self._comment()
+        with tempfile.NamedTemporaryFile("w", suffix=".ffconcat", encoding="utf-8") as listed:
+            quoted = (os.path.abspath(video).replace("'", "'\\''") for video in videos)
+            listed.write("ffconcat version 1.0\n" + "".join(f"file 'file:{path}'\n" for path in quoted))
+            listed.flush()
+            # Joined files begin a microsecond early or late; the filter puts every frame on its own tick.
+            ticks = {"pts": "round(PTS*TB*{0})/({0}*TB)", "dts": "round(DTS*TB*{0})/({0}*TB)", "duration": "1/({0}*TB)"}
+            on_ticks = ":".join(f"{name}={formula.format(f'({self.fps})')}" for name, formula in ticks.items())
+            result = run_ffmpeg(
+                *("-y", "-f", "concat", "-safe", "0", "-i", listed.name, *comment, "-map", "0:v:0", *comment_outputs),
+                *("-c", "copy", "-bsf:v", f"setts={on_ticks}", *MP4, ffmpeg_url(self.part)),
+            )
+        if result.returncode != 0:
+            raise self._ffmpeg_error(result)
+        info = probe(self.part)
+        self.num_frames, self.width, self.height = info.num_frames, info.width, info.height
+
     def __exit__(self, exception_type, exception, traceback):
         done = False
         try:
@@ -181,16 +204,11 @@ class VideoWriter:
 
     def _start_ffmpeg(self):
         inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
-        inputs += ["-i", "pipe:0"]
-        outputs = ["-map", "0:v:0", "-map_chapters", "-1"]
-        # The comment travels in a file: a long prompt does not fit on a command line.
-        comment = tempfile.NamedTemporaryFile(suffix=".ffmetadata")  # noqa: SIM115 - _resources closes and removes it
-        self._resources.enter_context(comment)
-        comment.write(ffmetadata({} if self.metadata_json is None else {"comment": self.metadata_json}))
-        comment.flush()
-        inputs += ["-f", "ffmetadata", "-i", comment.name]
-        outputs += ["-map_metadata", "1"]
+        comment, comment_outputs = self._comment()
+        inputs += ["-i", "pipe:0", *comment]
+        outputs = ["-map", "0:v:0", *comment_outputs]
         outputs += ["-vf", TO_BT709, "-c:v", "libx264", "-crf", str(self.crf), "-threads:v", str(ENCODER_THREADS)]
+        outputs += ["-x264-params", "stitchable=1"]  # headers that fit all our videos of this size, see `join`
         outputs += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - likewise; a pipe that nobody reads could fill up
         self._resources.enter_context(self._stderr)
@@ -202,13 +220,25 @@ class VideoWriter:
             start_new_session=True,  # Ctrl-C reaches us alone; what happens to the file is decided here
         )
 
+    def _comment(self) -> tuple[list[str], list[str]]:
+        """ffmpeg's arguments that put the metadata into the file: as its second input, and for its output.
+
+        The comment travels in a file: a long prompt does not fit on a command line.
+        """
+        comment = tempfile.NamedTemporaryFile(suffix=".ffmetadata")  # noqa: SIM115 - _resources closes and removes it
+        self._resources.enter_context(comment)
+        comment.write(ffmetadata({} if self.metadata_json is None else {"comment": self.metadata_json}))
+        comment.flush()
+        return ["-f", "ffmetadata", "-i", comment.name], ["-map_metadata", "1", "-map_chapters", "-1"]
+
     def _finish(self):
-        if self._ffmpeg is None:
+        if not self.num_frames:
             raise ValueError(f"no frames were written to {self.path}")
-        with contextlib.suppress(BrokenPipeError):  # then the exit status says more
-            self._ffmpeg.stdin.close()
-        if self._ffmpeg.wait() != 0:
-            raise self._ffmpeg_error()
+        if self._ffmpeg is not None:
+            with contextlib.suppress(BrokenPipeError):  # then the exit status says more
+                self._ffmpeg.stdin.close()
+            if self._ffmpeg.wait() != 0:
+                raise self._ffmpeg_error()
         whole = self.part if self.audio_path is None else self._add_sound()
         sync(whole)
         if self.metadata_json is not None:
@@ -230,7 +260,7 @@ class VideoWriter:
             *("-map_metadata", "0", "-map_chapters", "-1", "-c:v", "copy", *sound, *MP4, ffmpeg_url(self.sound_part)),
         )
         if result.returncode != 0:
-            raise self._ffmpeg_error(result.stderr)
+            raise self._ffmpeg_error(result)
         self.part.unlink()
         return self.sound_part
 
@@ -243,11 +273,12 @@ class VideoWriter:
         for part in (self.part, self.sound_part, self.sidecar_part):
             part.unlink(missing_ok=True)
 
-    def _ffmpeg_error(self, stderr: bytes | None = None):
-        if stderr is None:
+    def _ffmpeg_error(self, result: subprocess.CompletedProcess | None = None):
+        """The error of a finished process, or of the one that frames were written to."""
+        if result is None:
             self._stderr.seek(0)
-            stderr = self._stderr.read()
-        reason = reasons(stderr, f"exit status {self._ffmpeg.returncode}")[-1]
+            result = subprocess.CompletedProcess((), self._ffmpeg.returncode, stderr=self._stderr.read())
+        reason = reasons(result.stderr, f"exit status {result.returncode}")[-1]
         free = shutil.disk_usage(self.path.parent).free
         return ResourceError(
             f"ffmpeg stopped while writing {self.path} ({readable_bytes(free)} free there): {reason}; "
@@ -477,6 +508,17 @@ def add_metadata(path: Path, further: dict) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def same_encoding(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two videos have one codec, size, clock and header, so that `VideoWriter.join` can put them together."""
+
+    def header(file) -> list[str]:
+        result = run_ffmpeg("-i", ffmpeg_url(file), "-map", "0:V:0", "-c", "copy", "-f", "framehash", "pipe:1")
+        names = ("#extradata", "#codec_id", "#dimensions", "#tb")
+        return [line for line in result.stdout.decode().splitlines() if line.startswith(names)]
+
+    return header(path) == header(other) != []
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
@@ -41,8 +42,6 @@ class Wan:
         processes: from `start_processes`; its device is where the model runs.
     """
 
-    real_one = ("--wan_version 2.1", "--wan_version 2.1")  # how the tiny model's user downloads and runs a real one
-
     def __init__(self, settings: Settings, config: dict, processes: Processes):
         self.settings, self.config, self.processes = settings, config, processes
         self.device = processes.device
@@ -54,6 +53,7 @@ class Wan:
         self.attention_backend = settings.attention_backend
         self.is_tiny = bool(config.get("tiny")) and settings.base_path is None
         self._transformers: dict[int, WanTransformer] = {}
+        self._beside: ModelMixin | None = None  # layers that are moved and freed with the transformer
         self._vae: WanVAE | None = None
         self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
         self._live_loras, self._lora_steps = False, (0.0, 1.0)
@@ -124,7 +124,7 @@ class Wan:
         needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
         check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
         if self.is_tiny:
-            tiny.announce(self.real_one)
+            tiny.announce(self.settings.real_model)
 
     def check_files(self) -> None:
         """Say what is missing before anything is loaded.
@@ -225,6 +225,10 @@ class Wan:
             switch_loras(transformer, with_loras)
         return transformer.to(self.device) if self.memory == "model" else transformer
 
+    def beside(self) -> ModelMixin:
+        """The layers that were loaded with the transformer that `transformer` returned last."""
+        return self._beside.to(self.device) if self.memory == "model" else self._beside
+
     def release_transformers(self, keep: int | None = None) -> None:
         """Make room on the device for another part."""
         if self.memory != "model":
@@ -232,6 +236,8 @@ class Wan:
         for expert, transformer in self._transformers.items():
             if expert != keep:
                 transformer.to("cpu")
+        if keep is None and self._beside is not None:
+            self._beside.to("cpu")
         free_cached(self.device)
 
     def _load_transformer(self, expert: int) -> WanTransformer:
@@ -292,7 +298,7 @@ class Wan:
         """
         with torch.device("meta"):
             shape = WanTransformer(**self.transformer_config.as_dict())
-        read = {path: read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
+        read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
         for path, lora in read.items():
             if lora.full and steps != (0, 1):
@@ -301,7 +307,12 @@ class Wan:
                     f"({next(iter(lora.full))}, …), which cannot be switched off; leave them out"
                 )
         self._live_loras, self._lora_steps = live, steps
-        self._transformers.clear()
+        if self._transformers:
+            self._transformers.clear()
+            self._free()
+
+    def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
+        return read_lora(path, shape, partial)
 
     def with_loras(self, step: int, num_steps: int) -> bool:
         """Whether the LoRAs work at this step of so many; the ends of their range are rounded to whole steps."""
@@ -330,6 +341,8 @@ class Wan:
         self.attention_backend = name
         for transformer in self._transformers.values():
             self._set_attention_backend(transformer)
+        if self._beside is not None:
+            self._set_attention_backend(self._beside)
 
     def _set_attention_backend(self, transformer: WanTransformer) -> None:
         try:
@@ -345,6 +358,7 @@ class Wan:
     def use_memory_mode(self, memory: str) -> None:
         """Go on under another memory mode: transformers are loaded again under it."""
         self._transformers.clear()
+        self._beside = None
         self._free()
         self.memory = memory
 

@@ -7,12 +7,18 @@
     --prompt @@home "..."                     a prompt that begins with @: it reads "@home"
 
 A file is text and nothing else: never executed, not searched for further @files.
+
+Long videos have a stream of prompts, `--prompt_path FILE`: lines as above, or a Python list of strings, with or without
+`prompts =` in front (`read_prompt_stream`).
 """
 
+import ast
 import codecs
+import io
 import logging
 import os
 import re
+import tokenize
 
 from errors import InputError, UsageError
 
@@ -61,34 +67,104 @@ def check_prompt(prompt: str) -> str:
 
 def read_prompt_file(path: str) -> list[str]:
     """One prompt a line. Raises InputError, see `read_prompts`."""
-    try:
-        with open(os.path.expanduser(path), "rb") as file:
-            data = file.read(FILE_LIMIT + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--prompt @{path}: cannot read the file ({reason}); give a UTF-8 text file") from None
-    if len(data) > FILE_LIMIT:
-        raise InputError(
-            f"--prompt @{path} is larger than {FILE_LIMIT // 2**20} MiB; give a text file, one prompt a line"
-        )
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, data, error.start) from None
-    if "\0" in text:  # UTF-16 looks like this
-        raise not_utf8(path, data, data.index(b"\0"))
-    lines = [line.strip() for line in LINE_BREAK.split(text)]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    prompts = prompt_lines(read_text(path, f"--prompt @{path}"))
     if not prompts:
         raise InputError(f"--prompt @{path} holds no prompt; write one a line (lines that begin with # are comments)")
     return prompts
 
 
-def not_utf8(path: str, data: bytes, position: int) -> InputError:
+def prompt_lines(text: str) -> list[str]:
+    """The lines that are neither blank nor comments, without the white space around them."""
+    lines = [line.strip() for line in LINE_BREAK.split(text)]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_prompt_stream(path: str) -> list[str]:
+    """The prompts of a long video, in every form of SVI's prompt files: `prompts = ["…", "…"]`, a bare list, or lines.
+
+    A list is read as a literal: what stands before it and after it is not executed, and said to be passed over.
+
+    Raises:
+        InputError: a file that cannot be read as text, an unfinished list, one of other things than strings, no prompt.
+    """
+    name = f"--prompt_path {path}"
+    text = read_text(path, name)
+    prompts = prompt_list(text, name)
+    if prompts is None:
+        prompts = prompt_lines(text)
+    if not any(prompt.strip() for prompt in prompts):
+        raise InputError(f'{name} holds no prompt; write one a line, or prompts = ["…", "…"]')
+    return prompts
+
+
+def prompt_list(text: str, name: str) -> list[str] | None:
+    """The list of strings in a prompt file, or None where there is no list. `name` is for errors."""
+    if (assignment := re.search(r"^[ \t]*prompts[ \t]*=[ \t]*(?=\[)", text, re.MULTILINE)) is not None:
+        start = assignment.end()
+    elif (bare := re.match(r"\s*(?=\[\s*(#.*\s*)*[\"'\]])", text)) is not None:  # not: [cinematic] a man walks
+        start = bare.end()
+    else:
+        return None
+    literal = leading_literal(text[start:])
+    try:
+        prompts = ast.literal_eval(literal)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        prompts = None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        line = text[:start].count("\n") + 1
+        raise InputError(
+            f'{name}: the list that begins in line {line} is not a list of strings; write ["first prompt", "second"]'
+        )
+    around = LINE_BREAK.split(text[: assignment.start()] if assignment else "")
+    around += LINE_BREAK.split(text[start + len(literal) :])
+    if passed_over := [line.strip() for line in around if line.strip() and not line.strip().startswith("#")]:
+        logger.warning("%s: not executed, only the list is read: %s", name, passed_over[0][:80])
+    return prompts
+
+
+def leading_literal(text: str) -> str:
+    """The part of a text that begins with a bracket up to the bracket that closes it; all of it where none does."""
+    depth, starts = 0, [0]
+    for line in io.StringIO(text, newline=""):
+        starts.append(starts[-1] + len(line))
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
+            if token.type == tokenize.OP:
+                depth += (token.string in "([{") - (token.string in ")]}")
+                if depth == 0:
+                    return text[: starts[token.end[0] - 1] + token.end[1]]
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return text
+
+
+def read_text(path: str, name: str) -> str:
+    """A UTF-8 file, without its BOM; `name` is what errors call it.
+
+    Raises:
+        InputError: missing, unreadable, too large, or not UTF-8.
+    """
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read(FILE_LIMIT + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: cannot read the file ({reason}); give a UTF-8 text file") from None
+    if len(data) > FILE_LIMIT:
+        raise InputError(f"{name} is larger than {FILE_LIMIT // 2**20} MiB; give a text file, one prompt a line")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, data, error.start) from None
+    if "\0" in text:  # UTF-16 looks like this
+        raise not_utf8(name, data, data.index(b"\0"))
+    return text
+
+
+def not_utf8(name: str, data: bytes, position: int) -> InputError:
     before = data[:position].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
     return InputError(
-        f"--prompt @{path} is not UTF-8 text: line {line}, byte {column} of it is 0x{data[position]:02x}; "
-        "save the file as UTF-8"
+        f"{name} is not UTF-8 text: line {line}, byte {column} of it is 0x{data[position]:02x}; save the file as UTF-8"
     )

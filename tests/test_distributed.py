@@ -51,9 +51,15 @@ def test_one_forward_pass_over_two_processes(tmp_path):
                 tiny.prompt(),
                 plugins=[identity, tiny.vace_branch().plugin(tiny.latents(seed=5, channels=96))],
             ),
+            # 36 tokens a process, 24 a latent frame: each process begins or ends inside a frame
+            "speech": model(
+                tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[tiny.multitalk().speech(tiny.audio(20), 4, 9)]
+            ),
+            "pose": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[tiny.pose()]),
             "per_token": model(tiny.latents(), per_token, tiny.prompt()),
         }
-    assert (expected["plain"] - expected["identity"]).abs().max() > 1e-3
+    for name in ("identity", "speech", "pose"):
+        assert (expected["plain"] - expected[name]).abs().max() > 1e-3
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=name)
 

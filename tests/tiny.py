@@ -5,9 +5,18 @@ import torch
 from configs import load_config
 from models.audio_adapter import AudioAdapter
 from models.identity.stand_in import StandIn
+from models.multitalk import MultiTalk
+from models.pose_embedder import PoseTokens
 from models.vace import VaceBranch
 from models.wan.transformer import Prompt, WanTransformer
-from pipelines.tiny import fill_from_seed, tiny_stand_in, tiny_transformer, tiny_vace
+from pipelines.tiny import (
+    fill_from_seed,
+    tiny_multitalk,
+    tiny_pose_embedder,
+    tiny_stand_in,
+    tiny_transformer,
+    tiny_vace,
+)
 
 CONFIG = load_config("tiny")
 DIM, LAYERS = CONFIG["transformer"]["dim"], CONFIG["transformer"]["num_layers"]
@@ -24,6 +33,25 @@ def stand_in(model: WanTransformer) -> StandIn:
 
 def vace_branch() -> VaceBranch:
     return tiny_vace(CONFIG)
+
+
+def multitalk() -> MultiTalk:
+    return tiny_multitalk(load_config("tiny-i2v"))
+
+
+def audio(frames: int, seed: int = 9) -> torch.Tensor:
+    """Hidden states of a soundtrack, (frames, layers, C)."""
+    encoder = load_config("tiny-i2v")["audio_encoder"]
+    return torch.randn(
+        frames, encoder["num_hidden_layers"], encoder["hidden_size"], generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def pose(seed: int = 11) -> PoseTokens:
+    """A pose video of the size of `latents`, embedded."""
+    size = (9, 16 * GRID[0], 16 * GRID[1], 3)
+    video = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed))
+    return tiny_pose_embedder(CONFIG).encode(video)
 
 
 def latents(seed: int = 1, batch: int = 1, frames: int = 3, channels: int = 16) -> torch.Tensor:

@@ -20,6 +20,9 @@ def main(output: str) -> None:
     branch = tiny.vace_branch()
     split_sequence(branch, ulysses_degree=count, ring_degree=1, device=processes.device)
     control = branch.plugin(tiny.latents(seed=5, channels=96))
+    layers = tiny.multitalk()
+    split_sequence(layers, ulysses_degree=count, ring_degree=1, device=processes.device)
+    speech, pose = layers.speech(tiny.audio(20), 4, 9), tiny.pose().shard(rank, count)
     per_token = torch.full((1, 3 * GRID[0] * GRID[1]), 600.0)
     per_token[:, : GRID[0] * GRID[1]] = 0
     with torch.no_grad():
@@ -27,6 +30,8 @@ def main(output: str) -> None:
             "plain": model(tiny.latents(), TIMESTEP, tiny.prompt()),
             "identity": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[identity]),
             "vace": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[identity, control]),
+            "speech": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[speech]),
+            "pose": model(tiny.latents(), TIMESTEP, tiny.prompt(), plugins=[pose]),
             "per_token": model(tiny.latents(), per_token, tiny.prompt()),
         }
     if rank == 0:

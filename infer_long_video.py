@@ -1,0 +1,121 @@
+"""Long video from one picture and a stream of prompts, without drift: clips chained by Stable Video Infinity (SVI).
+
+    python infer_long_video.py                                          three clips of the tiny untrained model
+    python infer_long_video.py --variant shot --ref_image_path me.jpg --prompt "She talks and laughs" --num_clips 10
+    … --variant film --ref_image_path me.jpg --prompt_path story.txt    one prompt a clip; lines, or prompts = ["…", …]
+    … --variant tom …                                                   cartoons
+    … --variant 2.0 …            Wan2.2, two experts;  … --variant 2.0-wan2.1 …  for Wan2.1
+    … --variant 2.0-pro …        hands clips over as latents: the cleanest seams
+    … --variant 2.0-pro --lora_config lora-svi-lightx2v                 six steps: with LightX2V's LoRAs beside SVI's
+    … --variant talk --ref_image_path me.jpg --audio_path speech.wav    as long as the speech, with its sound
+    … --variant dance --ref_image_path me.jpg --pose_path poses.mp4     a frame for each drawn pose
+    … --extend film.mp4 --prompt "She stands up and leaves"             goes on from a video, whose frames stay
+    python infer_long_video.py --config out.json --output again.mp4
+
+A first frame with a person in it: a photo, or a frame of what infer.py made. The variant decides how clips are
+conditioned, handed over and joined; its released LoRA is used, or the first file of --lora_path (--lora_path_high and
+--lora_path_low for Wan2.2), and further files run beside it. A run that was stopped goes on when the command is
+repeated; finished clips can be watched in .NAME.clips/.
+
+Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
+     or: python download_models.py --only wan2.2-i2v-A14B svi-2.0-pro lora-svi-lightx2v
+   talk: python download_models.py --only wan2.1-i2v-14B-480P svi-talk
+"""
+
+import argparse
+import logging
+
+from errors import run_script
+from pipelines.arguments import add_common_arguments, add_lora_arguments
+
+logger = logging.getLogger("selfsame")
+
+# The names that upstream's scripts have for flags of ours.
+UPSTREAM_NAMES = {
+    "--dit_root": ("base_path", str),
+    "--extra_module_root": ("lora_path", lambda path: [path]),
+    "--lora_alpha": ("lora_scale", lambda scale: [float(scale)]),
+    "--frames_per_clip": ("num_frames", int),
+    "--num_steps": ("num_inference_steps", int),
+    "--cfg_scale": ("guidance_scale", float),
+    "--cfg_scale_text": ("guidance_scale", float),
+    "--cfg_scale_audio": ("audio_guidance_scale", float),
+    "--seed_times": ("seed_multiplier", int),
+    "--image_path": ("ref_image_path", str),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    long = parser.add_argument_group("long video")
+    long.add_argument("--variant", help="one of the above, or a .yaml like configs/svi-*.yaml (shot)")
+    long.add_argument("--ref_image_path", metavar="PICTURE", help="first frame and anchor; of a video its first frame")
+    long.add_argument("--prompt_path", metavar="FILE", help='prompts one a line, or prompts = ["…", "…"]')
+    long.add_argument("--num_clips", type=int, help="(one a prompt, 10 for one prompt; as long as sound or poses last)")
+    long.add_argument("--prompt_repeat", help="when the prompts do not last: last, cycle, stop (last)")
+    long.add_argument("--prompt_repeat_times", type=int, help="clips for each prompt (1)")
+    long.add_argument("--use_first_prompt_only", action="store_true", default=None, help="for all clips")
+    long.add_argument("--prompt_prefix", metavar="TEXT", help="put in front of every prompt")
+    long.add_argument("--seed_multiplier", type=int, help="clip k is made from --seed + k times this (42)")
+    long.add_argument("--max_width", type=int, help="the picture's own size, at most so wide, as SVI 1 has it")
+    long.add_argument("--boundary", type=float, help="of Wan2.2's experts: low-noise below it (the config's)")
+    long.add_argument(
+        "--first_clip_without_lora", action="store_true", default=None, help="make clip 0 by the base, which moves more"
+    )
+    long.add_argument("--extend", metavar="VIDEO", help="go on from this video; its frames and sound stay")
+    long.add_argument("--end_image", metavar="PICTURE", help="the last clip ends on it (--variant 2.0)")
+    long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
+    long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
+    long.add_argument("--pose_path", metavar="VIDEO", help="dance: poses, drawn by python -m preprocess.control pose")
+    long.add_argument("--output_root", metavar="FOLDER", help="write there, under the picture's name")
+    long.add_argument(
+        "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
+    )
+    for name, (dest, kind) in UPSTREAM_NAMES.items():
+        long.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
+    long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
+    long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
+    add_lora_arguments(parser)
+    add_common_arguments(parser, identity=False)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from pipelines.jobs import list_jobs
+    from pipelines.long_video_settings import resolve_long_video
+
+    # Everything that can be refused without torch is refused before it is imported.
+    settings, config, picture = resolve_long_video(args)
+    clips = settings.clips(seed=0)
+    length = sum(len(clip.kept) for clip in clips)
+    jobs = list_jobs(replace(settings, prompt=settings.prompt[:1], num_frames=2 * length))  # the clips, and all joined
+
+    from pipelines.dance import DanceMaker, DanceWan
+    from pipelines.distributed import start_processes
+    from pipelines.drift_report import likeness_to, report
+    from pipelines.long_video import LongVideoMaker, open_existing
+    from pipelines.talk import TalkMaker, TalkWan
+    from pipelines.wan import Wan
+
+    driven = {None: (Wan, LongVideoMaker), "audio": (TalkWan, TalkMaker), "pose": (DanceWan, DanceMaker)}
+    load, make = driven[settings.driven_by]
+    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    wan = load(settings, config, processes)
+    jobs = processes.own(jobs)
+    wan.check()
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+
+    text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
+    maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
+    likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
+    for job in jobs:
+        print(maker.make(job))
+        if processes.writes and not settings.no_drift_report:
+            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(job.output, likeness=likeness))
+    processes.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,469 @@
+"""The settings of a long video: which of SVI's variants, its prompts, its picture and size. Checked without torch."""
+
+import dataclasses
+import logging
+import math
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy
+
+from configs import load_config, part_path
+from errors import InputError, UsageError, WeightsError
+from pipelines.clip_plan import (
+    PROMPT_REPEATS,
+    Chain,
+    Clip,
+    clips_for,
+    overlap_of_latents,
+    plan_clips,
+    prompts_of_clips,
+)
+from pipelines.control_video import probe_argument
+from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
+from pipelines.settings import PROJECT, resolve_settings
+from pipelines.video_file import read_metadata, safe_name, stream_frames
+from preprocess.audio import AudioTimeline, read_audio
+from preprocess.image import read_image
+from preprocess.prompts import read_prompt_stream
+
+logger = logging.getLogger("selfsame")
+
+VARIANTS = ("shot", "film", "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pro")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+TRAINED_FRAMES = 81  # of a clip
+GRID = 16  # pixels of a token's side
+MOST_CLIPS = 10_000
+EXPERT_SUFFIXES = ("_high", "_low")
+DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
+OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
+# Defaults of a driven variant that the tiny model takes over too.
+DRIVEN_DEFAULTS = ("prompt", "fps", "guidance_scale", "audio_guidance_scale")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one of SVI's LoRAs was trained with: the `svi` of its config.
+
+    padding: what the VAE sees after the handed-over frames: "reference", "grey"; or "latents" instead of frames.
+    mask: what is marked as given, the "first_frame" or all "motion_frames".
+    drops: which clip gives up the frames that two show, see `Chain`.
+    driven_by: "audio" or "pose", beside the prompts.
+    """
+
+    name: str
+    padding: str
+    mask: str
+    drops: str
+    motion_frames: int = 0
+    motion_latents: int = 0
+    end_image: bool = False
+    driven_by: str | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "Variant":
+        """Raises UsageError: no such variant, or a config that is not one of SVI's."""
+        config = variant_config(name)
+        return cls(name=name, **config["svi"])
+
+    @property
+    def hands_latents(self) -> bool:
+        return self.padding == "latents"
+
+    def chain(self, frames: int) -> Chain:
+        overlap = overlap_of_latents(self.motion_latents) if self.hands_latents else self.motion_frames
+        return Chain(frames, self.motion_frames, overlap, self.drops, self.motion_latents)
+
+
+def variant_config(name: str) -> dict:
+    """The config of a variant's LoRA, by its name or as a YAML file of one's own."""
+    if not name.endswith((".yaml", ".yml")) and name not in VARIANTS:
+        raise UsageError(f"--variant {name}: accepted are {', '.join(VARIANTS)}, or a .yaml like configs/svi-shot.yaml")
+    config = load_config(name if name not in VARIANTS else f"svi-{name}")
+    if "svi" not in config:
+        raise UsageError(f"--variant {name}: has no `svi`, which says how its clips are conditioned")
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongVideoSettings(LoraSettings):
+    """`num_frames` is the length of one clip; the video's follows from the clips."""
+
+    families: ClassVar[tuple[str, ...]] = ("i2v",)
+
+    ip_image: tuple[str, ...] = ()
+    variant: str = "shot"
+    ref_image_path: str | None = None  # None: the first frame of `extend`; the photo in assets/ for the tiny model
+    num_clips: int | None = None  # None: one for each prompt; 10 for a single one, 3 of the tiny model
+    prompt_repeat: str = "last"
+    prompt_repeat_times: int = 1
+    use_first_prompt_only: bool = False
+    prompt_prefix: str | None = None
+    seed_multiplier: int = 42
+    max_width: int | None = None
+    boundary: float | None = None  # None: the config's
+    first_clip_without_lora: bool = False
+    extend: str | None = None
+    end_image: str | None = None
+    no_drift_report: bool = False
+    audio_path: str | None = None  # of a variant driven by audio
+    audio_encoder_path: str | None = None
+    multitalk_path: str | None = None
+    audio_guidance_scale: float | None = None
+    pose_path: str | None = None  # of one driven by poses
+    video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
+
+    @property
+    def real_model(self) -> str:
+        released = variant_config(self.variant)
+        names = f"{released['base']['base']['name']} {released['name']}"
+        return f"python download_models.py --only {names}, then add --variant {self.variant}"
+
+    @property
+    def driven_by(self) -> str | None:
+        return Variant.of(self.variant).driven_by
+
+    def without_svi(self) -> "LongVideoSettings":
+        """Without SVI's own LoRA, the first one of its flag (`with_svi_loras`)."""
+        changes = {}
+        for which in EXPERT_SUFFIXES if self.lora_path_high or self.lora_path_low else ("",):
+            paths, scales = getattr(self, f"lora_path{which}"), getattr(self, f"lora_scale{which}")
+            changes |= {f"lora_path{which}": paths[1:], f"lora_scale{which}": scales[1:] or scales}
+        return dataclasses.replace(self, **changes)
+
+    def clips(self, seed: int) -> list[Clip]:
+        """The plan of the video."""
+        prompts = prompts_of_clips(
+            self.prompt,
+            self.num_clips,
+            times=self.prompt_repeat_times,
+            first_only=self.use_first_prompt_only,
+            prefix=self.prompt_prefix,
+            repeat=self.prompt_repeat,
+        )
+        return plan_clips(
+            Variant.of(self.variant).chain(self.num_frames),
+            prompts,
+            seed=seed,
+            seed_multiplier=self.seed_multiplier,
+            num_frames=self.video_frames,
+            extends=self.extend is not None,
+        )
+
+
+def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.ndarray]:
+    """Settings, config, and the picture that the video starts from (H, W, 3) uint8.
+
+    Raises:
+        UsageError: values or combinations that make no sense, a LoRA of another variant.
+        InputError: a file that is missing or cannot be used.
+        WeightsError: a LoRA that is not there.
+    """
+    resumed = str(args.config or "").endswith(".json")
+    if not resumed:
+        choose_config(args)
+    if args.output_root is not None:
+        if args.output is not None:
+            raise UsageError("--output_root and --output: give one; --output_root names the video after its picture")
+        args.output = str(Path(args.output_root) / f"{safe_name(Path(args.ref_image_path or 'video').stem)}.mp4")
+    brought = {}
+    if not resumed and "svi" not in (base := load_config(args.config)):  # sampled as the variant wants it
+        of_tiny = DRIVEN_DEFAULTS if Variant.of(args.variant).driven_by else ()
+        defaults = variant_config(args.variant)["defaults"]
+        brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
+    brought |= brought_defaults(args.lora_config)
+    if args.prompt_path is not None:
+        if args.prompt is not None:
+            raise UsageError("--prompt and --prompt_path: give one of them")
+        brought["prompt"] = read_prompt_stream(args.prompt_path)
+    settings, config = resolve_settings(args, LongVideoSettings, brought)
+    check_long_video(settings, config)
+    settings = with_svi_loras(settings, config)
+    check_lora_settings(settings, config, args)
+    if settings.extend is not None and args.fps is not None:
+        raise UsageError("--fps with --extend: the video goes on at its own rate; leave it out")
+    if settings.extend is not None and args.seed is None and not resumed:
+        settings = dataclasses.replace(settings, seed=(next_seed(settings),))
+    picture = read_picture(settings, config)
+    settings = follow_picture(settings, picture, None if resumed else (args.height, args.width))
+    settings = follow_driver(settings, rate_is_given=resumed or args.fps is not None)
+    settings = count_clips(settings, config)
+    if settings.boundary is not None:
+        config = config | {"boundary": settings.boundary}
+    return settings, config, picture
+
+
+def choose_config(args: Namespace) -> None:
+    """The model and the variant, where the user named one of them or neither."""
+    if args.config is None:
+        real = (args.variant, args.base_path, args.lora_path, args.lora_path_high, args.lora_path_low)
+        args.config = variant_config(args.variant or "shot")["name"] if any(real) else "tiny-i2v"
+    config = load_config(args.config)
+    if "svi" not in config:
+        args.variant = args.variant or "shot"
+    elif args.variant is None:
+        args.variant = config["name"].removeprefix("svi-")
+    elif variant_config(args.variant)["svi"] != config["svi"]:
+        raise UsageError(f"--variant {args.variant} and --config {args.config} contradict each other; give one")
+
+
+def check_long_video(settings: LongVideoSettings, config: dict) -> None:
+    variant, released = Variant.of(settings.variant), variant_config(settings.variant)
+    for name, low, high in (
+        ("num_clips", 1, MOST_CLIPS),
+        ("prompt_repeat_times", 1, MOST_CLIPS),
+        ("seed_multiplier", 1, 2**31),
+        ("max_width", GRID, 16384),
+        ("boundary", 0, 1),
+    ):
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name} {value:g}: accepted are {low} to {high}")
+    if settings.prompt_repeat not in PROMPT_REPEATS:
+        raise UsageError(f"--prompt_repeat {settings.prompt_repeat}: accepted are {', '.join(PROMPT_REPEATS)}")
+    if bool(config.get("experts")) != bool(released.get("experts")):
+        raise UsageError(
+            f"--config {config['name']} with --variant {variant.name}: that is for "
+            f"{'two experts' if released.get('experts') else 'one model'}, as {released['base']['base']['name']}"
+        )
+    if settings.boundary is not None and not config.get("experts"):
+        raise UsageError(f"--boundary: {config['name']} is one model; there are no experts to switch")
+    shared = variant.chain(TRAINED_FRAMES).overlap
+    if settings.extend is not None and variant.drops == "earlier":  # the first clip gives up frames at both ends
+        shared *= 2
+    if settings.num_frames <= shared:
+        least = shared // 4 * 4 + 5 if shared % 4 else shared + 1
+        raise UsageError(
+            f"--num_frames {settings.num_frames}: clips of {variant.name} share {shared} frames with their neighbours; "
+            f"give at least {least}"
+        )
+    if settings.num_frames > TRAINED_FRAMES:
+        logger.warning(
+            "--num_frames %d: SVI was trained on %d; longer clips lose colour. For more video give more --num_clips",
+            *(settings.num_frames, TRAINED_FRAMES),
+        )
+    if settings.vae_dtype in ("bf16", "fp16") and not variant.hands_latents:
+        logger.warning("--vae_dtype %s: its errors add up from clip to clip; fp32 is the default", settings.vae_dtype)
+    if settings.end_image is not None and not variant.end_image:
+        raise UsageError(f"--end_image: {variant.name} was not made for one; use --variant 2.0")
+    check_driver(settings, variant, released["defaults"])
+
+
+def check_driver(settings: LongVideoSettings, variant: Variant, defaults: dict) -> None:
+    """What drives the clips is given, and nothing that drives others."""
+    if variant.driven_by is not None and getattr(settings, DRIVERS[variant.driven_by]) is None:
+        wanted = {"audio": "a sound file, or a video with sound", "pose": "a video of drawn poses"}[variant.driven_by]
+        raise UsageError(f"--variant {variant.name} needs --{DRIVERS[variant.driven_by]}: {wanted}")
+    for driver, names in (("audio", OF_AUDIO), ("pose", ("pose_path",))):
+        given = [name for name in names if getattr(settings, name) is not None]
+        if given and variant.driven_by != driver:
+            example = {"audio": "talk", "pose": "dance"}[driver]
+            raise UsageError(
+                f"--{given[0]}: --variant {variant.name} is not driven by {driver}; use --variant {example}"
+            )
+    if variant.driven_by == "audio":
+        if settings.fps != defaults["fps"]:
+            raise UsageError(
+                f"--fps {settings.fps:g} with --variant {variant.name}: its audio layers were trained at "
+                f"{defaults['fps']}; leave it out"
+            )
+        if not 0 <= settings.audio_guidance_scale <= 100:
+            raise UsageError(f"--audio_guidance_scale {settings.audio_guidance_scale:g}: accepted are 0 to 100")
+        if settings.extend is not None:
+            raise UsageError(f"--extend with --variant {variant.name}: no sound can go on from a video's; leave it out")
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRAs
+
+
+def with_svi_loras(settings: LongVideoSettings, config: dict) -> LongVideoSettings:
+    """SVI's own LoRA is the first one of its flag, the released file if none is given; --lora_config may bring a
+    distilled one to run beside it. The tiny model does without.
+
+    Raises:
+        UsageError: the file is named like another variant's, or another expert's.
+    """
+    released = variant_config(settings.variant)
+    preset = load_config(settings.lora_config) if settings.lora_config else {}
+    changes = {}
+    for which in EXPERT_SUFFIXES if config.get("experts") else ("",):
+        paths, part = getattr(settings, f"lora_path{which}"), f"lora{which}"
+        if not paths and not config.get("tiny"):
+            paths = (str(part_path(released, part)),)
+            if not Path(paths[0]).is_file():
+                raise WeightsError(
+                    f"{paths[0]}: no such LoRA; run: python download_models.py --only {released['name']}, or name "
+                    f"SVI's file with --lora_path{which}"
+                )
+        if len(paths) == 1 and part in preset.get("files", {}):
+            paths = (*paths, str(part_path(preset, part)))
+        if paths:
+            check_released_name(paths[0], settings.variant, which)
+        changes[f"lora_path{which}"] = paths
+    return dataclasses.replace(settings, **changes)
+
+
+def check_released_name(path: str, variant: str, which: str) -> None:
+    """Refuse a file whose name says that it is of another variant or expert: it would run, and lose the person."""
+    name, flag = Path(path).name, f"--lora_path{which}"
+    found = variant_of_file(name)
+    if found is None:
+        logger.info("%s %s: taken for SVI's own weights, as the first one is", flag, path)
+    elif found != variant and variant in VARIANTS:
+        raise UsageError(f"{flag} {path}: it is named like SVI's LoRA for --variant {found}, not for {variant}")
+    other = {"_high": "low", "_low": "high"}.get(which)
+    if other and has_word(name, other) and not has_word(name, which[1:]):
+        raise UsageError(f"{flag} {path}: it is named like the LoRA of the {other}-noise expert")
+
+
+def variant_of_file(name: str) -> str | None:
+    """The variant that a file of SVI's releases, or of their conversions, is for; None where the name does not tell."""
+    if not has_word(name, "svi"):
+        return None
+    for variant in ("shot", "film", "tom", "talk", "dance"):
+        if has_word(name, variant):
+            return variant
+    if not re.search(r"(?<![a-z])v?2\.0|(?<![a-z])v2(?!\d)", name, re.IGNORECASE):
+        return None
+    if has_word(name, "pro"):
+        return "2.0-pro"
+    return "2.0-wan2.1" if re.search(r"wan_?2[._]?1", name, re.IGNORECASE) else "2.0"
+
+
+def has_word(name: str, word: str) -> bool:
+    return re.search(rf"(?<![a-z]){word}(?![a-z])", name, re.IGNORECASE) is not None
+
+
+# ---------------------------------------------------------------------------------------------------- picture and size
+
+
+def read_picture(settings: LongVideoSettings, config: dict) -> numpy.ndarray:
+    """(H, W, 3) uint8: the picture given, or the first frame of a video; else that of the video to extend."""
+    if settings.ref_image_path is not None and Path(settings.ref_image_path).suffix.lower() in VIDEOS:
+        probe_argument("--ref_image_path", settings.ref_image_path)
+        return next(stream_frames(settings.ref_image_path))
+    if settings.ref_image_path is not None:
+        return read_image(settings.ref_image_path, "--ref_image_path")
+    if settings.extend is not None:
+        probe_argument("--extend", settings.extend)
+        return next(stream_frames(settings.extend))
+    if config.get("tiny"):
+        return read_image(PROJECT / "assets" / "face.png")
+    raise UsageError(
+        "--ref_image_path: give the picture that the video starts from (a photo, or a frame of infer.py's video)"
+    )
+
+
+def follow_picture(
+    settings: LongVideoSettings, picture: numpy.ndarray, given: tuple[int | None, int | None] | None
+) -> LongVideoSettings:
+    """Height and width: as given; of the video that is extended; else the picture's shape on the area that the
+    variant was trained on. An earlier run's record (`given` is None) holds them.
+    """
+    if settings.extend is not None:
+        return follow_video(settings, given)
+    if given is None or all(given):
+        return settings
+    if any(given):
+        raise UsageError("--height and --width: give both, or neither to follow the picture's shape")
+    height, width = picture.shape[:2]
+    if settings.max_width is not None:
+        size = limit_width(width, height, settings.max_width)
+        if not all(size):
+            raise InputError(f"the picture of {width}x{height} is smaller than {GRID}x{GRID} under --max_width")
+    else:
+        size = size_on_area(height, width, settings.height * settings.width)
+    if size[0] > size[1]:
+        logger.info("the video is upright, %dx%d; SVI was trained on 832x480, other shapes move less", *size[::-1])
+    return dataclasses.replace(settings, height=size[0], width=size[1])
+
+
+def follow_video(settings: LongVideoSettings, given: tuple[int | None, int | None] | None) -> LongVideoSettings:
+    info = probe_argument("--extend", settings.extend)
+    if given is not None and any(given):
+        raise UsageError("--height and --width with --extend: the video goes on at its own size; leave them out")
+    if info.height % GRID or info.width % GRID:
+        raise InputError(
+            f"--extend {settings.extend}: {info.width}x{info.height}; sides of {GRID}n are needed: scale or crop it"
+        )
+    least = max(2, Variant.of(settings.variant).chain(settings.num_frames).overlap)
+    if info.num_frames < least:
+        raise InputError(
+            f"--extend {settings.extend}: {info.num_frames} frames, at least {least} are needed; give a picture to "
+            "--ref_image_path"
+        )
+    return dataclasses.replace(settings, height=info.height, width=info.width, fps=info.fps)
+
+
+def next_seed(settings: LongVideoSettings) -> int:
+    """A seed that the clips of the video to extend have not had: the same noise again would add its marks up."""
+    try:
+        clips = read_metadata(settings.extend)["clips"]
+        return clips[-1]["seed"] + settings.seed_multiplier
+    except (InputError, LookupError, TypeError):  # no record, or another kind of video
+        return settings.seed[0]
+
+
+def size_on_area(height: int, width: int, area: int) -> tuple[int, int]:
+    """(height, width) on the grid, nearly of this area, with the shape of a picture."""
+    rows = max(1, round(math.sqrt(area * height / width) / GRID))
+    return rows * GRID, max(1, area // (rows * GRID**2)) * GRID
+
+
+def limit_width(width: int, height: int, max_width: int) -> tuple[int, int]:
+    """(height, width) by SVI 1's rule (`calculate_dimensions`): the picture's own, at most so wide, on the grid.
+
+    It leaves tall pictures as tall as they are: few frames then move, and each takes long.
+    """
+    if width > max_width:
+        width, height = max_width, int(max_width * (height / width))
+    return height // GRID * GRID, width // GRID * GRID
+
+
+def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideoSettings:
+    """As many clips as the sound or the poses last, and no frame more; of poses also the frame rate, where none is
+    given. More clips than that start over with the poses.
+    """
+    variant = Variant.of(settings.variant)
+    if variant.driven_by is None:
+        return settings
+    if variant.driven_by == "audio":
+        samples = read_audio(settings.audio_path, argument="--audio_path")
+        length = AudioTimeline(len(samples), settings.fps).num_frames
+    else:
+        poses = probe_argument("--pose_path", settings.pose_path)
+        length = poses.num_frames
+        if not rate_is_given and settings.extend is None:
+            settings = dataclasses.replace(settings, fps=poses.fps)
+    needed = clips_for(length, variant.chain(settings.num_frames))
+    num_clips = settings.num_clips or needed
+    if num_clips > needed and variant.driven_by == "audio":
+        logger.warning("--num_clips %d: the sound lasts for %d, which are made", num_clips, needed)
+        num_clips = needed
+    elif num_clips > needed:
+        logger.warning("--num_clips %d: the poses last for %d; then they start over", num_clips, needed)
+    video_frames = length if num_clips <= needed else None
+    return dataclasses.replace(settings, num_clips=num_clips, video_frames=video_frames)
+
+
+def count_clips(settings: LongVideoSettings, config: dict) -> LongVideoSettings:
+    """How many clips, where the user did not say; and what happens when the prompts do not last."""
+    prompts = len(settings.prompt) * settings.prompt_repeat_times
+    if settings.num_clips is None:
+        is_stream = prompts > 1 and not settings.use_first_prompt_only
+        settings = dataclasses.replace(settings, num_clips=prompts if is_stream else 3 if config.get("tiny") else 10)
+    elif not settings.use_first_prompt_only and prompts < settings.num_clips and len(settings.prompt) > 1:
+        then = {
+            "last": "the last one goes on",
+            "cycle": "they start over",
+            "stop": f"the video ends after {prompts}",
+        }[settings.prompt_repeat]
+        logger.warning(
+            "%d clips for %d prompts: %s (--prompt_repeat %s; others: %s)",
+            *(settings.num_clips, len(settings.prompt), then, settings.prompt_repeat),
+            ", ".join(repeat for repeat in PROMPT_REPEATS if repeat != settings.prompt_repeat),
+        )
+    return settings
