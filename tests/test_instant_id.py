@@ -497,9 +497,8 @@ def test_photo_to_first_frame_to_long_video(weights, tmp_path, small_pictures):
     """Two clips from the frame that was made: those of the same frame by --ref_image_path, also after a crash."""
 
     def make_long(output, *more) -> numpy.ndarray:
-        story = ("--prompt", "a woman", "she smiles", "--prompt_prefix", "rain", "--no_drift_report")
-        size = VIDEO[: VIDEO.index("--prompt")] + VIDEO[VIDEO.index("--height") :]
-        infer_long_video.main(infer_long_video.parse_args([*map(str, (*more, *story, *size, "--output", output))]))
+        story = (*VIDEO, "--prompt", "she smiles", "--prompt_prefix", "rain", "--no_drift_report")
+        infer_long_video.main(infer_long_video.parse_args([*map(str, (*more, *story, "--output", output))]))
         return read_frames(output)
 
     first = flags(weights, "--first_frame", "instantid", "--ip_image", PORTRAIT)
