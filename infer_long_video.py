@@ -13,10 +13,10 @@
     … --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"    the photo in a scene
     python infer_long_video.py --config out.json --output again.mp4
 
-A first frame with a person in it: a photo, what infer.py made, or one made of the photo. The variant decides how clips are
-conditioned, handed over and joined; its released LoRA is used, or the first file of --lora_path (--lora_path_high and
---lora_path_low for Wan2.2), and further files run beside it. A run that was stopped goes on when the command is
-repeated; finished clips can be watched in .NAME.clips/.
+A first frame with a person in it: a photo, one that InstantID makes of the photo, or what infer.py made. The variant
+decides how clips are conditioned, handed over and joined; its released LoRA is used, or the first file of --lora_path
+(--lora_path_high and --lora_path_low for Wan2.2), and further files run beside it. A run that was stopped goes on when
+the command is repeated; finished clips can be watched in .NAME.clips/.
 
 Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
      or: python download_models.py --only wan2.2-i2v-A14B svi-2.0-pro lora-svi-lightx2v

@@ -1,6 +1,7 @@
 """The settings of a long video: which of SVI's variants, its prompts, its picture and size. Checked without torch."""
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -65,6 +66,7 @@ class Variant:
     driven_by: str | None = None
 
     @classmethod
+    @functools.cache
     def of(cls, name: str) -> "Variant":
         """Raises UsageError: no such variant, or a config that is not one of SVI's."""
         config = variant_config(name)

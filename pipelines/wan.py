@@ -187,9 +187,12 @@ class Wan:
             return None
         encoder = (self._image_encoder or self._load_image_encoder()).to(self.device)
         features = torch.cat([encoder(image).float().cpu() for image in images], dim=1)
-        self._image_encoder = encoder.to("cpu") if keep else None
-        del encoder
-        self._free()
+        if keep:
+            self._image_encoder = encoder.to("cpu")
+            free_cached(self.device)
+        else:
+            self._image_encoder = encoder = None
+            self._free()
         return features
 
     def _load_image_encoder(self) -> ImageEncoder:
