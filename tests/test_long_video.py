@@ -520,6 +520,11 @@ def test_names_of_released_files_tell_their_variant():
         (["--extend", "README.md"], 3, ["--extend", "README.md"]),
         (["--extend", "x.mp4", "--fps", "8"], 2, ["--fps with --extend"]),
         (["--ref_image_path", "missing.png"], 3, ["--ref_image_path", "missing.png"]),
+        (["--first_frame", "instantid"], 2, ["--ip_image", "one photo"]),
+        (["--first_frame", "instantid", "--ip_image", "assets/face.png"], 4, ["--only sdxl-base-1.0"]),
+        (["--first_frame", "instantid", "--extend", "x.mp4"], 2, ["--extend and --first_frame"]),
+        (["--ip_image", "assets/face.png"], 2, ["--ip_image", "--first_frame instantid"]),
+        (["--face_index", "0"], 2, ["--face_index", "--first_frame"]),
         (["--prompt_path", "missing.txt"], 3, ["--prompt_path missing.txt"]),
         (["--prompt_path", "README.md", "--prompt", "x"], 2, ["--prompt and --prompt_path"]),
         (["--output_root", "outputs"], 2, ["--output_root and --output"]),
@@ -536,8 +541,11 @@ def test_names_of_released_files_tell_their_variant():
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, exit_code, words):
-    monkeypatch.chdir(PROJECT)
+def test_bad_input_is_one_clear_line(tmp_path, tmp_path_factory, monkeypatch, flags, exit_code, words):
+    elsewhere = tmp_path_factory.mktemp("no checkpoints here")
+    for name in ("assets", "README.md"):
+        (elsewhere / name).symlink_to(PROJECT / name)
+    monkeypatch.chdir(elsewhere)
     with pytest.raises(UserError) as error:
         run_here(tmp_path / "out.mp4", *flags)
     message = str(error.value)
