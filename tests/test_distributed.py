@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.distributed import Processes
-from pipelines.video_file import read_frames
+from preprocess.video import read_frames
 from tests import tiny
 from tests.tiny import GRID, TIMESTEP
 
