@@ -24,6 +24,9 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from errors import EXIT_INTERRUPTED, UserError
+from pipelines.avatar_settings import resolve_avatar
+from pipelines.image_to_video_settings import resolve_image_to_video
+from pipelines.long_video_settings import resolve_long_video
 from pipelines.video_file import VideoWriter
 
 PROJECT = Path(__file__).parent.parent
@@ -188,3 +191,26 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(tmp_path, script, state
     assert (tmp_path / state).exists()
     assert not (tmp_path / "out.mp4").exists()
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_no_number(capsys, script):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script][0].parse_args(["--num_inference_steps", "0.85,"])
+    assert stop.value.code == 2
+    assert "invalid int value: '0.85,'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "resolve", "flags"),
+    [
+        (infer, resolve_image_to_video, ["--image", FACE, "--prompt", "x", "--num_frames", "80"]),
+        (infer_audio_avatar, resolve_avatar, ["--clip_sample_n_frames", "80"]),
+        (infer_long_video, resolve_long_video, ["--num_frames", "80"]),
+    ],
+)
+def test_sizes_between_what_models_make_are_rounded_aloud(caplog, module, resolve, flags):
+    settings = resolve(module.parse_args([*flags, "--height", "333", "--width", "250"]))[0]
+    assert (settings.height, settings.width, settings.num_frames) == (336, 256, 81)
+    for message in ("--height 333 becomes 336", "--width 250 becomes 256", "--num_frames 80 becomes 81"):
+        assert message in caplog.text
