@@ -251,7 +251,7 @@ def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
     settings = read_run_settings(path)
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(settings) - known):
-        raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}; is it another script's record?")
+        raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
     return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
 
 
