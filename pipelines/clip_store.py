@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from errors import ResourceError
 from pipelines.clip_plan import Clip
 from pipelines.job_state import JobState
 
@@ -53,7 +54,10 @@ class ClipStore:
     def load(self) -> tuple[int, Tensor | None]:
         """How many clips are finished, and what they hand to the next one; of another run's clips none."""
         file = self.folder / "handed.safetensors"
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{self.folder}: cannot be made ({error.strerror})") from error
         if not file.is_file():
             return 0, None
         try:
@@ -72,13 +76,20 @@ class ClipStore:
         return len(done), handed
 
     def finish(self, clip: Clip, handed: Tensor) -> None:
-        """Record that a clip's video is in place, and what the next one is given."""
+        """Record that a clip's video is in place, and what the next one is given.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         part = self.folder / "handed.part"
         metadata = {"identity": self.identity, "clips": json.dumps(self._described(clip.index + 1))}
-        save_file({"handed": handed.to("cpu", copy=True).contiguous()}, part, metadata)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(self.folder / "handed.safetensors")
+        try:
+            save_file({"handed": handed.to("cpu", copy=True).contiguous()}, part, metadata)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.folder / "handed.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(f"{part}: cannot be saved ({error}); make room and repeat the command") from error
         self.state(clip).remove()
 
     def remove(self) -> None:

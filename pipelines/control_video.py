@@ -16,8 +16,9 @@ import psutil
 
 from errors import InputError, ResourceError, UsageError
 from pipelines.settings import Settings, resolve_settings
-from pipelines.video_file import VideoInfo, probe, read_frames, readable_bytes
+from pipelines.video_file import readable_bytes
 from preprocess.image import read_image
+from preprocess.video import VideoInfo, probe, read_frames
 
 logger = logging.getLogger("selfsame")
 

@@ -18,8 +18,8 @@ from pipelines.clip_plan import Clip, pose_indices
 from pipelines.jobs import Job
 from pipelines.long_video import Existing, LongVideoMaker
 from pipelines.memory import stage
-from pipelines.video_file import probe, stream_frames
 from pipelines.wan import Wan
+from preprocess.video import probe, stream_frames
 
 
 class DanceWan(Wan):

@@ -7,6 +7,7 @@ one machine or many.
 import atexit
 import datetime
 import gc
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 from errors import UsageError
 from models.wan.transformer import WanTransformer
+
+logger = logging.getLogger("selfsame")
 
 Item = TypeVar("Item")
 LONGEST_WAIT = datetime.timedelta(hours=4)  # while one process decodes a long video
@@ -154,4 +157,7 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"--device {name}: not available here ({reason}); accepted are auto, cpu, cuda, cuda:N, mps"
         ) from error
+    # Of some shapes these compute a wrong conv3d, the VAE's layer, without a word (pytorch issue 163539).
+    if device.type == "cuda" and 90800 <= (torch.backends.cudnn.version() or 0) < 91100:
+        logger.warning("cuDNN 9.8 to 9.10 may decode wrong pixels; install what requirements.txt names")
     return device

@@ -26,10 +26,11 @@ import numpy
 from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
-from pipelines.video_file import probe, read_metadata, stream_frames
+from pipelines.video_file import read_metadata
 from preprocess.face_detection import load_recogniser, recogniser_is_there
 from preprocess.face_score import FaceScorer
 from preprocess.image import read_image, write_png
+from preprocess.video import probe, stream_frames
 
 logger = logging.getLogger("selfsame")
 

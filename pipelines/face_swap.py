@@ -31,7 +31,7 @@ from pipelines.denoise import Expert
 from pipelines.face_swap_settings import FaceSwapSettings
 from pipelines.jobs import Job
 from pipelines.text_to_video import VideoMaker, read_face
-from pipelines.video_file import VideoInfo, frames_to_uint8, read_frames
+from pipelines.video_file import frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import BiSeNetParser, FaceImage, load_parser
 from preprocess.face_detection import Face, load_detector
@@ -46,6 +46,7 @@ from preprocess.face_paste import (
     source_keypoints,
 )
 from preprocess.image import write_png
+from preprocess.video import VideoInfo, read_frames
 
 logger = logging.getLogger("selfsame")
 

@@ -13,7 +13,8 @@ from configs import load_config
 from errors import ResourceError, UsageError
 from models.wan.config import VARIANTS, WanConfig
 from pipelines.settings import PROJECT, Settings, resolve_settings
-from pipelines.video_file import VideoInfo, probe, readable_bytes, write_video
+from pipelines.video_file import readable_bytes, write_video
+from preprocess.video import VideoInfo, probe
 
 logger = logging.getLogger("selfsame")
 

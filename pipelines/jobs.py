@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import UsageError
 from pipelines.settings import Settings
 from pipelines.video_file import free_disk_or_error, resolve_output
 
@@ -35,7 +36,9 @@ def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
         ResourceError: the disk has no room for the videos.
     """
     several = len(settings.prompt) * len(settings.seed) > 1
-    output = Path(settings.output) if settings.output else free_output(extension)
+    output = free_output(extension) if settings.output is None else Path(settings.output)
+    if not output.name:
+        raise UsageError(f"--output {settings.output!r} names no file; give one such as video{extension}")
     jobs = []
     for number, prompt in enumerate(settings.prompt):
         for seed in settings.seed:

@@ -28,9 +28,10 @@ from pipelines.jobs import Job
 from pipelines.long_video_settings import LongVideoSettings, Variant
 from pipelines.memory import stage
 from pipelines.text_to_video import VideoMaker
-from pipelines.video_file import VideoInfo, VideoWriter, probe, same_encoding, stream_frames, write_video
+from pipelines.video_file import VideoWriter, same_encoding, write_video
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.video import VideoInfo, probe, stream_frames
 
 logger = logging.getLogger("selfsame")
 

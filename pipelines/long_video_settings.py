@@ -27,10 +27,11 @@ from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, resolve_settings
-from pipelines.video_file import read_metadata, safe_name, stream_frames
+from pipelines.video_file import read_metadata, safe_name
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
 from preprocess.prompts import read_prompt_stream
+from preprocess.video import stream_frames
 
 logger = logging.getLogger("selfsame")
 

@@ -9,31 +9,25 @@ Works for whatever makes a job's file and can say beforehand what metadata it wi
 """
 
 import contextlib
-import itertools
 import json
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-import numpy
 
 from errors import InputError
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.settings import LikenessSettings
-from pipelines.video_file import add_metadata, probe, read_metadata, sidecar_path, stream_frames, to_json
+from pipelines.video_file import add_metadata, read_metadata, sidecar_path, to_json
 from preprocess.face_detection import load_recogniser, recogniser_is_there
-from preprocess.face_score import FaceScorer
+from preprocess.face_score import FaceScorer, sample_pictures
 from preprocess.image import read_image
 
 logger = logging.getLogger("selfsame")
-
-SAMPLED_FRAMES = 8
 
 
 class Maker(Protocol):
@@ -148,19 +142,3 @@ def score_file(path: Path, scorer: FaceScorer) -> float:
 
 def record_of(path: Path) -> dict:
     return read_picture_metadata(path) if path.suffix == ".png" else read_metadata(path)
-
-
-def sample_pictures(path: str | Path) -> Iterator[numpy.ndarray]:
-    """The picture, or some frames of the video at equal distances, (H, W, 3) uint8 each."""
-    if Path(path).suffix.lower() == ".mp4":
-        yield from sample_frames(path)
-        return
-    try:
-        yield read_image(path, "file")
-    except InputError:
-        yield from sample_frames(path)
-
-
-def sample_frames(path: str | Path) -> Iterator[numpy.ndarray]:
-    every = math.ceil(probe(path).num_frames / SAMPLED_FRAMES)
-    return itertools.islice(stream_frames(path), 0, None, every)

@@ -34,9 +34,10 @@ from pipelines.vace_context import (
     vace_context,
     with_known_frames,
 )
-from pipelines.video_file import VideoWriter, probe, stream_frames
+from pipelines.video_file import VideoWriter
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.video import probe, stream_frames
 
 logger = logging.getLogger("selfsame")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError, exit_codes
+from preprocess.ffmpeg import ffmpeg_url, probe_streams, reasons, run_ffmpeg
 
 logger = logging.getLogger("selfsame")
 
@@ -65,8 +66,6 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
     Raises:
         InputError: no such file, no sound track, undecodable, NaN or infinite samples, or less than one video frame.
     """
-    from pipelines.video_file import ffmpeg_url, probe_streams, reasons, run_ffmpeg
-
     try:
         streams = probe_streams(path)
     except InputError as error:
@@ -130,8 +129,6 @@ def extract_sound(path, output):
         InputError: no such file, no sound track, or undecodable.
         ResourceError: the disk is full.
     """
-    from pipelines.video_file import ffmpeg_url, probe_streams, reasons, run_ffmpeg
-
     if not probe_streams(path).has_audio:
         raise InputError(f"{path} has no sound track; give a video with sound")
     with whole_file(output) as part:

@@ -28,6 +28,7 @@ import numpy as np
 from errors import InputError, ResourceError, UsageError, WeightsError, exit_codes
 from preprocess import control_maps
 from preprocess.control_maps import KEPT, MADE, MASK_SHAPES, SIDES
+from preprocess.video import probe, read_frames
 
 logger = logging.getLogger("selfsame")
 
@@ -170,8 +171,6 @@ def _layout(args):
     if args.video is not None:
         if given := [f"--{name}" for name in BLANK if getattr(args, name) is not None]:
             raise UsageError(f"{', '.join(given)}: size, length and frame rate are those of --video; give either")
-        from pipelines.video_file import probe
-
         info = probe(args.video)
         num_frames, height, width, fps = info.num_frames, info.height, info.width, info.fps
     else:
@@ -259,8 +258,6 @@ def _mask_of(kind, path, argument, shape):
 
 def read_clip(path, argument):
     """((F, H, W, 3) uint8 RGB, frames per second) of a video that fits into memory."""
-    from pipelines.video_file import probe, read_frames
-
     if str(path).lower().endswith(PICTURES):
         raise InputError(f"{argument} {path} is a picture; give a video (for pictures there is the task frameref)")
     info = probe(path)

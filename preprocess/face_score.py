@@ -8,16 +8,23 @@
 The same person usually has 0.5 and more, different people 0 to 0.3. Turned, small and covered faces have less.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from errors import InputError
 from preprocess.face_detection import Face
+from preprocess.image import read_image
+from preprocess.video import probe, stream_frames
 
 logger = logging.getLogger("selfsame")
+
+SAMPLED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,26 @@ class FaceScorer:
         return FaceScore(value, len(likenesses), count)
 
 
+def sample_pictures(path: str | Path) -> Iterator[np.ndarray]:
+    """The picture, or some frames of the video at equal distances, (H, W, 3) uint8 each."""
+    if Path(path).suffix.lower() == ".mp4":
+        yield from sample_frames(path)
+        return
+    try:
+        yield read_image(path, "file")
+    except InputError:
+        yield from sample_frames(path)
+
+
+def sample_frames(path: str | Path) -> Iterator[np.ndarray]:
+    every = math.ceil(probe(path).num_frames / SAMPLED_FRAMES)
+    return itertools.islice(stream_frames(path), 0, None, every)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     import argparse
 
-    from pipelines.scoring import sample_pictures
     from preprocess.face_detection import load_recogniser
-    from preprocess.image import read_image
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo")

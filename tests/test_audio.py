@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from errors import InputError, UsageError
-from pipelines.video_file import run_ffmpeg
 from preprocess.audio import (
     AudioTimeline,
     cut_samples,
@@ -26,6 +25,7 @@ from preprocess.audio import (
     read_audio,
     write_wav,
 )
+from preprocess.ffmpeg import run_ffmpeg
 
 ROOT = Path(__file__).parents[1]
 SPEECH = ROOT / "assets" / "speech.wav"

@@ -33,8 +33,9 @@ from pipelines.tiny import (
     tiny_transformer,
     tiny_vae,
 )
-from pipelines.video_file import VideoWriter, probe, read_frames, read_metadata
+from pipelines.video_file import VideoWriter, read_metadata
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
+from preprocess.video import probe, read_frames
 from tests.test_distributed import torchrun
 from tests.test_infer import original_vae_names
 

@@ -22,7 +22,8 @@ from pipelines.consis_id_face import EVA_FILE, RETINAFACE_FILE, FaceCondition
 from pipelines.consis_id_settings import resolve_consis_id
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
-from pipelines.video_file import probe, read_frames, read_metadata
+from pipelines.video_file import read_metadata
+from preprocess.video import probe, read_frames
 from tests.tiny_consis_id import EMBED_DIM, SCHEDULER, VIT_DIM, write_release
 from tests.tiny_face import write_antelopev2
 

@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper
 
 from errors import InputError, ResourceError, UsageError, WeightsError
-from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from pipelines.video_file import read_metadata, write_video
 from preprocess import control, pose
 from preprocess.control_maps import (
     color_wheel,
@@ -38,6 +38,7 @@ from preprocess.control_maps import (
     outpaint_inner,
     reshape_mask,
 )
+from preprocess.video import probe, read_frames
 
 RED, YELLOW, VIOLET = (255, 0, 0), (255, 255, 0), (128, 0, 255)
 

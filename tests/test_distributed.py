@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.distributed import Processes
-from pipelines.video_file import read_frames
+from pipelines.distributed import Processes, choose_device
+from preprocess.video import read_frames
 from tests import tiny
 from tests.tiny import GRID, TIMESTEP
 
@@ -92,3 +92,16 @@ def test_every_job_is_done_once(count):
     assert sorted(sum(shares, [])) == jobs
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert all(Processes(rank, count, device, context_parallel=True).own(jobs) == jobs for rank in range(count))
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [(None, False), (90701, False), (90800, True), (91002, True), (91100, False)]
+)
+def test_cudnn_with_a_wrong_conv3d_is_warned_of(monkeypatch, caplog, version, warned):
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # there may be no such device here
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert choose_device("cuda:0").type == "cuda"
+    assert ("cuDNN" in caplog.text) == warned
+    caplog.clear()
+    choose_device("cpu")
+    assert not caplog.text

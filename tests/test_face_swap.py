@@ -21,7 +21,7 @@ from pipelines import face_swap
 from pipelines.face_swap import Segment, WindowedExpert, frame_groups, plan_segments, plan_windows, swap_schedule
 from pipelines.face_swap_settings import make_demo_clip
 from pipelines.job_state import JobState
-from pipelines.video_file import VideoWriter, probe, read_frames, read_metadata, run_ffmpeg, write_video
+from pipelines.video_file import VideoWriter, read_metadata, write_video
 from preprocess.face_detection import Face
 from preprocess.face_paste import (
     align,
@@ -33,6 +33,8 @@ from preprocess.face_paste import (
     paste_aligned,
     soften,
 )
+from preprocess.ffmpeg import run_ffmpeg
+from preprocess.video import probe, read_frames
 from tests.test_input_videos import encode, ffmpeg
 
 PROJECT = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ from configs import load_config
 from errors import UserError
 from pipelines.image_to_video import video_size
 from pipelines.image_to_video_settings import picture_size
-from pipelines.video_file import read_frames, read_metadata
+from pipelines.video_file import read_metadata
+from preprocess.video import read_frames
 from tests.conftest import GOLDENS
 from tests.tiny import CONFIG
 

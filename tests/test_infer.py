@@ -21,7 +21,8 @@ import infer
 from errors import UserError
 from pipelines.job_state import JobState
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer, tiny_vae
-from pipelines.video_file import probe, read_frames, read_metadata
+from pipelines.video_file import read_metadata
+from preprocess.video import probe, read_frames
 from tests.tiny import CONFIG
 
 PROJECT = Path(__file__).parent.parent

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipelines.video_file as video_file
+import preprocess.video as video
 from errors import InputError
-from pipelines.ffmpeg import ffmpeg_exe, run_ffmpeg
-from pipelines.video_conversion import StreamFormat, constant_rate
-from pipelines.video_file import probe, read_frames, stream_frames, write_video
+from pipelines.video_file import write_video
 from preprocess import control
+from preprocess.ffmpeg import ffmpeg_exe, run_ffmpeg
+from preprocess.video import probe, read_frames, stream_frames
+from preprocess.video_conversion import StreamFormat, constant_rate
 from tests.test_video_file import decode_sound, noise
 
 LOSSLESS = ["-c:v", "libx264", "-qp", "0"]
@@ -110,7 +111,7 @@ def test_an_abandoned_stream_ends_its_ffmpeg(tmp_path, monkeypatch):
     processes = []
     popen = subprocess.Popen
     record = lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1]  # noqa: E731
-    monkeypatch.setattr(video_file.subprocess, "Popen", record)
+    monkeypatch.setattr(video.subprocess, "Popen", record)
     stream = stream_frames(path)
     assert next(stream).shape == (32, 32, 3)
     assert processes[-1].poll() is None
@@ -317,9 +318,9 @@ def test_ten_bits_are_rounded(tmp_path, caplog):
 
 def test_an_ffmpeg_without_the_filters_says_what_comes_of_it(tmp_path, caplog, monkeypatch):
     path = hdr_file(tmp_path / "hdr.mp4", pq(PATCHES), "smpte2084")
-    assert video_file.has_filter("zscale")
-    assert not video_file.has_filter("no_such_filter")
-    monkeypatch.setattr(video_file, "has_filter", lambda name: name != "zscale")
+    assert video.has_filter("zscale")
+    assert not video.has_filter("no_such_filter")
+    monkeypatch.setattr(video, "has_filter", lambda name: name != "zscale")
     with caplog.at_level(logging.INFO, "selfsame"):
         flat = read_frames(path)
     assert "hdr.mp4 is HDR (PQ), and this ffmpeg has no zscale: colours will look flat" in caplog.text

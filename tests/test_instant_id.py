@@ -31,10 +31,10 @@ from pipelines import image_to_video_settings, instant_id
 from pipelines.conditions import cover_resize
 from pipelines.instant_id_settings import resolve_instant_id
 from pipelines.picture_file import read_picture_metadata
-from pipelines.video_file import read_frames
 from preprocess.face_detection import Face, load_recogniser
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
+from preprocess.video import read_frames
 from tests.tiny_face import write_antelopev2
 from tests.tiny_instant_id import adapter_tensors, write_controlnet, write_instant_id, write_sdxl, write_single_file
 

@@ -27,9 +27,10 @@ from pipelines.long_video_settings import (
     variant_of_file,
 )
 from pipelines.tiny import tiny_transformer
-from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from pipelines.video_file import read_metadata, write_video
 from preprocess.face_detection import Face
 from preprocess.prompts import read_prompt_stream
+from preprocess.video import probe, read_frames
 
 PROJECT = Path(__file__).parent.parent
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "2", "--no_drift_report"]
@@ -403,7 +404,7 @@ def test_extend_keeps_every_frame_and_the_sound(tmp_path, variant):
 
 
 def test_extend_a_video_of_another_encoder(tmp_path, caplog):
-    from pipelines.ffmpeg import ffmpeg_url, run_ffmpeg
+    from preprocess.ffmpeg import ffmpeg_url, run_ffmpeg
 
     foreign = tmp_path / "foreign.webm"
     smooth = "testsrc2=size=32x32:rate=16:duration=0.5"

@@ -20,7 +20,8 @@ from models.lora import Lora, attach_loras, merge_loras, read_lora
 from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import VARIANTS
 from models.wan.transformer import WanTransformer
-from pipelines.video_file import read_frames, read_metadata
+from pipelines.video_file import read_metadata
+from preprocess.video import read_frames
 from tests import tiny
 
 PROJECT = Path(__file__).parent.parent

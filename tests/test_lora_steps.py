@@ -19,8 +19,9 @@ from pipelines.job_state import JobState
 from pipelines.lora import resolve_lora_settings
 from pipelines.text_to_video import VideoMaker, prepare_faces
 from pipelines.tiny import tiny_stand_in
-from pipelines.video_file import read_frames, read_metadata
+from pipelines.video_file import read_metadata
 from pipelines.wan import Wan
+from preprocess.video import read_frames
 from tests import tiny
 from tests.test_lora import DIALECTS, factors
 

@@ -12,12 +12,13 @@ from errors import InputError, UserError, WeightsError
 from pipelines import scoring
 from pipelines.jobs import Job
 from pipelines.picture_file import write_picture
-from pipelines.scoring import load_scorer, make_scored, sample_pictures
+from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
-from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from pipelines.video_file import read_metadata, write_video
 from preprocess import face_score
 from preprocess.face_detection import Face, load_recogniser
-from preprocess.face_score import FaceScore, FaceScorer, cosine
+from preprocess.face_score import FaceScore, FaceScorer, cosine, sample_pictures
+from preprocess.video import probe, read_frames
 from tests.tiny_face import write_antelopev2
 
 PROJECT = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ from pipelines.dance import fit_pose, read_poses
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.memory import offload_groups
 from pipelines.tiny import fill_from_seed, tiny_pose_embedder
-from pipelines.video_file import read_frames, write_video
+from pipelines.video_file import write_video
+from preprocess.video import read_frames
 from tests import tiny
 from tests.tiny import CONFIG, DIM, GRID, LAYERS, TIMESTEP
 

@@ -15,8 +15,9 @@ from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import pose_indices
 from pipelines.long_video_settings import LongVideoSettings, resolve_long_video
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
-from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from pipelines.video_file import read_metadata, write_video
 from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
+from preprocess.video import probe, read_frames
 from tests.test_talk_dance import lora_tensors
 
 SMALL = [

@@ -29,7 +29,8 @@ from pipelines.job_state import JobState
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace import VaceWan
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
-from pipelines.video_file import probe, read_frames, read_metadata, write_video
+from pipelines.video_file import read_metadata, write_video
+from preprocess.video import probe, read_frames
 from tests import tiny
 from tests.test_infer import fail_once, write_release
 from tests.tiny import CONFIG, GRID, TIMESTEP

@@ -20,18 +20,16 @@ import torch
 import pipelines.video_file as video_file
 from errors import InputError, ResourceError, UsageError
 from pipelines.video_file import (
-    VideoInfo,
     VideoWriter,
-    ffmpeg_exe,
     frames_to_uint8,
     free_disk_or_error,
-    probe,
-    read_frames,
     read_metadata,
     resolve_output,
     safe_name,
     write_video,
 )
+from preprocess.ffmpeg import ffmpeg_exe
+from preprocess.video import VideoInfo, probe, read_frames
 
 ROOT = Path(__file__).parents[1]
 NASTY = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import InputError, ResourceError
-from pipelines.video_conversion import StreamFormat
+from preprocess.video_conversion import StreamFormat
 
 
 def ffmpeg_exe() -> str:

@@ -5,7 +5,7 @@
     times = [0.0, 0.1, 0.2, 0.23, …]                       # seconds, of the stored frames
     shown = constant_rate(times, fps)                      # how often each of them is to be shown
 
-Plain functions: what is converted and how is decided here, `pipelines.video_file` runs ffmpeg. A progressive 8-bit SDR
+Plain functions: what is converted and how is decided here, `preprocess.video` runs ffmpeg. A progressive 8-bit SDR
 video of a constant rate needs no conversion.
 """
 
