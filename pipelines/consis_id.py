@@ -144,12 +144,11 @@ class ConsisID:
 
     # -------------------------------------------------------------------------------------------------------- parts
 
-    def prepare_face(self, output: Path | None) -> FaceCondition:
+    def prepare_face(self, output: Path) -> FaceCondition:
         """The photo's face as the model is given it; also written as NAME.face0.png beside `output`."""
         face = prepare_face(self.settings, self.base_path, self.device, self.hint)
         free_cached(self.device)
-        if output is not None:
-            write_png(output.with_suffix(".face0.png"), face.picture, overwrite=True)
+        write_png(output.with_suffix(".face0.png"), face.picture, overwrite=True)
         return face
 
     @torch.no_grad()

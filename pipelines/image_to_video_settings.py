@@ -9,9 +9,6 @@ from pathlib import Path
 from configs import load_config
 from errors import UsageError
 from pipelines.instant_id_settings import (
-    FACE_CENTRE,
-    FACE_HEIGHT,
-    FACE_ROLL,
     MULTIPLE,
     InstantIdSettings,
     check_instant_id,
@@ -45,9 +42,11 @@ class FirstFrameSettings(LikenessSettings):
     instantid_path: str | None = None
     ip_adapter_scale: float = 0.8
     controlnet_conditioning_scale: float = 0.8
-    face_height: float = FACE_HEIGHT
-    face_centre: tuple[float, ...] = FACE_CENTRE
-    face_roll: float = FACE_ROLL
+    control_guidance_end: float = 1.0
+    pose_image: str | None = None
+    face_height: float | None = None
+    face_centre: tuple[float, ...] | None = None
+    face_roll: float | None = None
     region_mask: bool = False
 
     @property

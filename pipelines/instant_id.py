@@ -28,7 +28,6 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from models.wan.checkpoint import fingerprint, read_tensors
 from pipelines.conditions import cover_resize
-from pipelines.distributed import choose_device
 from pipelines.instant_id_settings import (
     FACE_CENTRE,
     FACE_HEIGHT,
@@ -252,11 +251,11 @@ class PictureMaker:
     Args:
         settings, config: from `resolve_instant_id`.
         guide: from `guide_face`.
+        device: where to draw.
     """
 
-    def __init__(self, settings: InstantIdSettings, config: dict, guide: FaceGuide):
-        self.settings, self.config, self.guide = settings, config, guide
-        self.device = choose_device(settings.device)
+    def __init__(self, settings: InstantIdSettings, config: dict, guide: FaceGuide, device: torch.device):
+        self.settings, self.config, self.guide, self.device = settings, config, guide, device
         self.controls = [
             cover_resize(read_image(picture, "--control_image"), guide.size[1], guide.size[0])
             for picture in settings.control_image

@@ -173,6 +173,10 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
     config = load_config(config_name)
     if config.get("lora"):
         raise UsageError(f"--config {config_name}: says how a LoRA is sampled, not which model; use --lora_config")
+    if not any(key in config for key in ("variant", "transformer", "method")):
+        raise UsageError(f"--config {config_name}: a part of other models, none that makes something by itself")
+    if "method" in config and "method" not in vars(args):
+        raise UsageError(f"--config {config_name}: not a Wan model; run it by: python infer.py --config {config_name}")
 
     fields = {field.name for field in dataclasses.fields(kind)}
     if "method" in vars(args) and (strange := [name for name in given if name not in fields]):
