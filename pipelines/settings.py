@@ -4,9 +4,11 @@ Every value has one home: what depends on the model is in configs/, the rest is 
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import math
+import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +57,8 @@ BOUNDS = {
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
-# Not taken from an earlier run's JSON: they say where and how to write, not what.
-OF_ONE_RUN = ("output", "overwrite", "preview", "config")
+# Not kept in a run's JSON, nor taken from one: they say where and how to write, not what.
+OF_ONE_RUN = ("output", "overwrite", "preview")
 
 
 @dataclass(frozen=True)
@@ -250,13 +252,24 @@ def _default_config(given: dict, wan_version: str | None) -> str:
     return "stand-in-wan2.1" if "base_path" in given or "stand_in_path" in given else "tiny"
 
 
+def describe_run(settings: Kind, prompt: str, seed: int) -> dict:
+    """What every output's record has: the settings of this one output, as --config accepts them, and the versions."""
+    values = dataclasses.replace(settings, prompt=(prompt,), seed=(seed,)).as_dict()
+    return {
+        "made_by": "Selfsame",
+        "settings": {name: value for name, value in values.items() if name not in OF_ONE_RUN},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
 def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
     """The settings that `kind` knows in the JSON that an earlier run wrote beside its output."""
     settings = read_run_settings(path)
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(settings) - known):
         raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
-    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
+    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
 
 
 def read_run_settings(path: str) -> dict:
