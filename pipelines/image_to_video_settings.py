@@ -16,7 +16,6 @@ from pipelines.instant_id_settings import (
 from pipelines.settings import (
     LikenessSettings,
     Settings,
-    check_likeness,
     check_pictures,
     family_of,
     resolve_settings,
@@ -62,7 +61,6 @@ def check_first_frame(settings: FirstFrameSettings) -> None:
         UsageError: a first frame without a photo, or flags that only a first frame uses.
         InputError: a photo that is not there.
     """
-    check_likeness(settings)
     if settings.first_frame is None:
         for name in FirstFrameSettings.__annotations__:
             if getattr(settings, name) != getattr(FirstFrameSettings, name):
@@ -149,8 +147,6 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
     check_first_frame(settings)
     if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
         raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
-    if settings.min_face_score is not None and not settings.score_photos:
-        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     pictures = {name: getattr(settings, name) for name in ("image", "last_image")}
     check_pictures(**{name: (path,) for name, path in pictures.items() if path is not None})
     family, name = family_of(config), config["name"]

@@ -61,8 +61,16 @@ PROJECT = Path(__file__).parent.parent
 OF_ONE_RUN = ("output", "overwrite", "preview")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LikenessSettings:
+    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
+
+    min_face_score: float | None = None  # ArcFace cosine; None: measure only
+    max_retries: int = 3  # further seeds to try while the score is below
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(LikenessSettings):
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
     families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
@@ -123,16 +131,13 @@ class Settings:
         """The photos that Stand-In is given."""
         return self.ip_image
 
+    @property
+    def score_photos(self) -> tuple[str, ...]:
+        """Whom the output is compared with."""
+        return self.ip_image
+
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikenessSettings:
-    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
-
-    min_face_score: float | None = None  # ArcFace cosine; None: measure only
-    max_retries: int = 3  # further seeds to try while the score is below
 
 
 def resolve_settings(
@@ -331,6 +336,9 @@ def check_pictures(**pictures: Sequence[str]) -> None:
 def check_settings(settings: Settings, config: dict) -> Settings:
     """Bounds, choices and combinations; sizes rounded up to what the model can make, with a message."""
     check_values(settings, BOUNDS, CHOICES)
+    check_likeness(settings)
+    if settings.min_face_score is not None and not settings.score_photos:
+        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     if settings.identity_start > settings.identity_end:
         raise UsageError(
             f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"
