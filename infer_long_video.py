@@ -10,12 +10,13 @@
     … --variant talk --ref_image_path me.jpg --audio_path speech.wav    as long as the speech, with its sound
     … --variant dance --ref_image_path me.jpg --pose_path poses.mp4     a frame for each drawn pose
     … --extend film.mp4 --prompt "She stands up and leaves"             goes on from a video, whose frames stay
+    … --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"    the photo in a scene
     python infer_long_video.py --config out.json --output again.mp4
 
-A first frame with a person in it: a photo, or a frame of what infer.py made. The variant decides how clips are
-conditioned, handed over and joined; its released LoRA is used, or the first file of --lora_path (--lora_path_high and
---lora_path_low for Wan2.2), and further files run beside it. A run that was stopped goes on when the command is
-repeated; finished clips can be watched in .NAME.clips/.
+A first frame with a person in it: a photo, one that InstantID makes of the photo, or what infer.py made. The variant
+decides how clips are conditioned, handed over and joined; its released LoRA is used, or the first file of --lora_path
+(--lora_path_high and --lora_path_low for Wan2.2), and further files run beside it. A run that was stopped goes on when
+the command is repeated; finished clips can be watched in .NAME.clips/.
 
 Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
      or: python download_models.py --only wan2.2-i2v-A14B svi-2.0-pro lora-svi-lightx2v
@@ -26,7 +27,12 @@ import argparse
 import logging
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_lora_arguments
+from pipelines.arguments import (
+    add_common_arguments,
+    add_first_frame_arguments,
+    add_instant_id_arguments,
+    add_lora_arguments,
+)
 
 logger = logging.getLogger("selfsame")
 
@@ -75,6 +81,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         long.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
     long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
     long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
+    start = parser.add_argument_group("first frame of a photo")
+    start.add_argument("--ip_image", nargs="+", action="extend", metavar="PHOTO", help="of the person (path or URL)")
+    start.add_argument("--face_index", type=int, help="which face of it, from the left (default: the largest)")
+    add_first_frame_arguments(start)
+    add_instant_id_arguments(parser)
     add_lora_arguments(parser)
     add_common_arguments(parser, identity=False)
     return parser.parse_args(argv)
@@ -95,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
     from pipelines.drift_report import likeness_to, report
+    from pipelines.first_frame import check_first_frame_files, make_first_frame
     from pipelines.long_video import LongVideoMaker, open_existing
     from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
@@ -104,8 +116,13 @@ def main(args: argparse.Namespace) -> None:
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = load(settings, config, processes)
     jobs = processes.own(jobs)
+    if not jobs:  # more processes than videos
+        return
     wan.check()
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+    if settings.first_frame is not None:  # SDXL's memory is free again after this
+        check_first_frame_files(settings)
+        picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
 
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
     maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)

@@ -41,7 +41,7 @@ class Chain:
     repeats_reference: bool = False
 
     def __post_init__(self):
-        assert self.frames % 4 == 1 and 0 < self.overlap < self.frames and self.motion_frames <= self.frames
+        assert self.frames % 4 == 1 and 0 <= self.overlap < self.frames and self.motion_frames <= self.frames
         assert self.drops in ("earlier", "later", "neither")
 
     @property

@@ -16,7 +16,7 @@ from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.clip_plan import Clip, pose_indices
 from pipelines.jobs import Job
-from pipelines.long_video import LongVideoMaker
+from pipelines.long_video import Existing, LongVideoMaker
 from pipelines.memory import stage
 from pipelines.video_file import probe, stream_frames
 from pipelines.wan import Wan
@@ -39,7 +39,9 @@ class DanceMaker(LongVideoMaker):
 
     wan: DanceWan
 
-    def __init__(self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Tensor | None = None):
+    def __init__(
+        self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None
+    ):
         super().__init__(wan, text, picture, existing)
         self.embedder = wan.pose_embedder()
         self.num_poses = probe(self.settings.pose_path).num_frames

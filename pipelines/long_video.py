@@ -190,7 +190,7 @@ class LongVideoMaker(VideoMaker):
                 marks_all=variant.mask == "motion_frames",
                 end=self.end if is_last else None,
             ).y.to(device)
-        self.image_features = self.wan.encode_images([frames[:, :, 0]])
+        self.image_features = self.wan.encode_images([frames[:, :, 0]], keep=not is_last)
 
     def conditions(self) -> dict:
         return {"condition": self._condition}

@@ -1,6 +1,7 @@
 """The settings of a long video: which of SVI's variants, its prompts, its picture and size. Checked without torch."""
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -23,6 +24,7 @@ from pipelines.clip_plan import (
     prompts_of_clips,
 )
 from pipelines.control_video import probe_argument
+from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, resolve_settings
 from pipelines.video_file import read_metadata, safe_name, stream_frames
@@ -64,6 +66,7 @@ class Variant:
     driven_by: str | None = None
 
     @classmethod
+    @functools.cache
     def of(cls, name: str) -> "Variant":
         """Raises UsageError: no such variant, or a config that is not one of SVI's."""
         config = variant_config(name)
@@ -89,14 +92,14 @@ def variant_config(name: str) -> dict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongVideoSettings(LoraSettings):
+class LongVideoSettings(FirstFrameSettings, LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
 
     ip_image: tuple[str, ...] = ()
     variant: str = "shot"
-    ref_image_path: str | None = None  # None: the first frame of `extend`; the photo in assets/ for the tiny model
+    ref_image_path: str | None = None  # None: a `first_frame`, that of `extend`; the tiny model: the photo in assets/
     num_clips: int | None = None  # None: one for each prompt; 10 for a single one, 3 of the tiny model
     prompt_repeat: str = "last"
     prompt_repeat_times: int = 1
@@ -154,8 +157,8 @@ class LongVideoSettings(LoraSettings):
         )
 
 
-def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.ndarray]:
-    """Settings, config, and the picture that the video starts from (H, W, 3) uint8.
+def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.ndarray | None]:
+    """Settings, config, and the picture that the video starts from (H, W, 3) uint8; None: a first frame is to be made.
 
     Raises:
         UsageError: values or combinations that make no sense, a LoRA of another variant.
@@ -168,7 +171,8 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     if args.output_root is not None:
         if args.output is not None:
             raise UsageError("--output_root and --output: give one; --output_root names the video after its picture")
-        args.output = str(Path(args.output_root) / f"{safe_name(Path(args.ref_image_path or 'video').stem)}.mp4")
+        named = args.ref_image_path or (args.ip_image or ["video"])[0]
+        args.output = str(Path(args.output_root) / f"{safe_name(Path(named).stem)}.mp4")
     brought = {}
     if not resumed and "svi" not in (base := load_config(args.config)):  # sampled as the variant wants it
         of_tiny = DRIVEN_DEFAULTS if Variant.of(args.variant).driven_by else ()
@@ -187,12 +191,15 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         raise UsageError("--fps with --extend: the video goes on at its own rate; leave it out")
     if settings.extend is not None and args.seed is None and not resumed:
         settings = dataclasses.replace(settings, seed=(next_seed(settings),))
-    picture = read_picture(settings, config)
+    picture = None if settings.first_frame else read_picture(settings, config)
     settings = follow_picture(settings, picture, None if resumed else (args.height, args.width))
     settings = follow_driver(settings, rate_is_given=resumed or args.fps is not None)
     settings = count_clips(settings, config)
     if settings.boundary is not None:
         config = config | {"boundary": settings.boundary}
+    if settings.first_frame and settings.prompt_prefix and settings.first_frame_prompt is None:
+        settings = dataclasses.replace(settings, first_frame_prompt=settings.clips(seed=0)[0].prompt)
+    check_first_frame(settings)
     return settings, config, picture
 
 
@@ -249,6 +256,11 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
         logger.warning("--vae_dtype %s: its errors add up from clip to clip; fp32 is the default", settings.vae_dtype)
     if settings.end_image is not None and not variant.end_image:
         raise UsageError(f"--end_image: {variant.name} was not made for one; use --variant 2.0")
+    for name in ("ref_image_path", "extend", "max_width"):
+        if settings.first_frame is not None and getattr(settings, name) is not None:
+            raise UsageError(f"--{name} and --first_frame: the picture is made, at --height and --width; give one")
+    if settings.first_frame is None and settings.face_index is not None:
+        raise UsageError("--face_index: says whose face of --ip_image --first_frame shows; give that too")
     check_driver(settings, variant, released["defaults"])
 
 
@@ -358,10 +370,11 @@ def read_picture(settings: LongVideoSettings, config: dict) -> numpy.ndarray:
 
 
 def follow_picture(
-    settings: LongVideoSettings, picture: numpy.ndarray, given: tuple[int | None, int | None] | None
+    settings: LongVideoSettings, picture: numpy.ndarray | None, given: tuple[int | None, int | None] | None
 ) -> LongVideoSettings:
     """Height and width: as given; of the video that is extended; else the picture's shape on the area that the
-    variant was trained on. An earlier run's record (`given` is None) holds them.
+    variant was trained on, or just the size of that training, if the picture is yet to be made. An earlier run's record
+    (`given` is None) holds them.
     """
     if settings.extend is not None:
         return follow_video(settings, given)
@@ -369,6 +382,8 @@ def follow_picture(
         return settings
     if any(given):
         raise UsageError("--height and --width: give both, or neither to follow the picture's shape")
+    if picture is None:
+        return settings
     height, width = picture.shape[:2]
     if settings.max_width is not None:
         size = limit_width(width, height, settings.max_width)

@@ -21,7 +21,7 @@ from pipelines import tiny
 from pipelines.audio_guidance import UNCONDITIONAL, branch_prompts, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert
 from pipelines.jobs import Job
-from pipelines.long_video import LongVideoMaker
+from pipelines.long_video import Existing, LongVideoMaker
 from pipelines.settings import Settings
 from pipelines.wan import Wan
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness, read_audio
@@ -106,7 +106,7 @@ class TalkMaker(LongVideoMaker):
     wan: TalkWan
     branches = (POSITIVE, NEGATIVE, UNCONDITIONAL)
 
-    def __init__(self, wan: TalkWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Tensor | None = None):
+    def __init__(self, wan: TalkWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
         super().__init__(wan, text, picture, existing)
         self.audio_path = self.settings.audio_path
         samples = read_audio(self.audio_path, argument="--audio_path")

@@ -1,5 +1,8 @@
+import gc
 import os
 from pathlib import Path
+
+import pytest
 
 # Tiny tensors: threads cost more than they bring, and the scripts that tests start should count sums in the same order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,3 +20,10 @@ def pytest_generate_tests(metafunc):
         root = Path(metafunc.config.getoption("--goldens"))
         folders = sorted(p.parent for p in root.glob("*/case.json"))
         metafunc.parametrize("golden_folder", folders, ids=[f.name for f in folders])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage():
+    """The scripts free models by gc, which would walk all objects of torch and its kin each time: 0.2 s, often."""
+    gc.collect()
+    gc.freeze()

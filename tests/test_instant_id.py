@@ -17,6 +17,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 
 import infer
+import infer_long_video
 from errors import InputError, UserError, WeightsError
 from models.identity.instant_id import (
     attach_face_adapter,
@@ -515,3 +516,26 @@ def test_photo_to_first_frame_to_video(weights, tmp_path, small_pictures, monkey
     assert len(pipelines) == 2
     assert (make_video(weights, output, *scene, "--overwrite", "--face_height", 0.6) != video).any()
     assert len(pipelines) == 3
+
+
+def test_photo_to_first_frame_to_long_video(weights, tmp_path, small_pictures):
+    """Two clips from the frame that was made: those of the same frame by --ref_image_path, also after a crash."""
+
+    def make_long(output, *more) -> numpy.ndarray:
+        story = (*VIDEO, "--prompt", "she smiles", "--prompt_prefix", "rain", "--no_drift_report")
+        infer_long_video.main(infer_long_video.parse_args([*map(str, (*more, *story, "--output", output))]))
+        return read_frames(output)
+
+    first = flags(weights, "--first_frame", "instantid", "--ip_image", PORTRAIT)
+    video = make_long(tmp_path / "out.mp4", *first)
+    assert video.shape == (9, 64, 96, 3)
+    frame = tmp_path / "out.first_frame.png"
+    assert read_image(frame).shape == (64, 96, 3)
+    assert read_picture_metadata(frame)["settings"]["prompt"] == ["rain, a woman"]
+    assert (make_long(tmp_path / "same.mp4", "--config", "tiny-i2v", "--ref_image_path", frame) == video).all()
+    made = frame.stat().st_mtime_ns
+    (tmp_path / "out.mp4").unlink()
+    again = ("--config", tmp_path / "out.json", "--output", tmp_path / "out.mp4", "--overwrite")
+    infer_long_video.main(infer_long_video.parse_args([*map(str, again)]))
+    assert (read_frames(tmp_path / "out.mp4") == video).all()
+    assert frame.stat().st_mtime_ns == made

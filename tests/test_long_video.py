@@ -32,7 +32,7 @@ from preprocess.face_detection import Face
 from preprocess.prompts import read_prompt_stream
 
 PROJECT = Path(__file__).parent.parent
-SMALL = ["--height", "64", "--width", "64", "--num_frames", "5", "--num_inference_steps", "2", "--no_drift_report"]
+SMALL = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "2", "--no_drift_report"]
 TWO_EXPERTS = ["--config", "tiny-i2v-a14b"]
 ONE_MODEL = ["--config", "tiny-i2v"]
 MODELS = {"2.0": TWO_EXPERTS, "2.0-pro": TWO_EXPERTS}
@@ -230,7 +230,7 @@ def test_variants_condition_differently(tmp_path):
         ("--prompt_prefix", "close up"),
         ("--seed", 1),
         ("--seed_multiplier", 3),
-        ("--ref_image_path", "assets/../assets/face.png", "--max_width", 32),
+        ("--ref_image_path", "assets/../assets/face.png", "--max_width", 48),
         ("--cfg_scale_text", 2),
         ("--num_steps", 3),
     ],
@@ -258,6 +258,17 @@ def test_prompts_that_do_not_last(tmp_path, caplog):
     assert prompts("--num_clips", "3", "--prompt_repeat", "cycle") == ["one", "two", "one"]
     assert prompts("--num_clips", "3", "--prompt_repeat", "stop") == ["one", "two"]
     assert prompts("--num_clips", "3", "--use_first_prompt_only") == ["one"] * 3
+
+
+def test_image_encoder_is_read_once(tmp_path, monkeypatch, reference):
+    """It looks at a frame of every clip, and waits for the next one on the CPU; after the last it is gone."""
+    from pipelines.wan import Wan
+
+    wans = []
+    load = Wan._load_image_encoder
+    monkeypatch.setattr(Wan, "_load_image_encoder", lambda self: wans.append(self) or load(self))
+    assert (make(tmp_path / "out.mp4") == read_frames(reference)).all()
+    assert [wan._image_encoder for wan in wans] == [None]
 
 
 def test_json_of_a_run_makes_the_run_again(tmp_path, reference):
@@ -379,7 +390,7 @@ def test_extend_keeps_every_frame_and_the_sound(tmp_path, variant):
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes((numpy.sin(numpy.arange(16000) / 8) * 9000).astype("<i2").tobytes())
     first = tmp_path / "first.mp4"
-    noise = numpy.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=numpy.uint8)
+    noise = numpy.random.default_rng(0).integers(0, 256, (17, 32, 32, 3), dtype=numpy.uint8)
     write_video(first, [noise], fps=12.5, quality=6, audio_path=sound)
     length = 13 if variant == "film" else 9
     flags = ["--variant", variant, *MODELS.get(variant, ONE_MODEL), *SMALL[6:], "--num_frames", length]
@@ -395,7 +406,7 @@ def test_extend_a_video_of_another_encoder(tmp_path, caplog):
     from pipelines.ffmpeg import ffmpeg_url, run_ffmpeg
 
     foreign = tmp_path / "foreign.webm"
-    smooth = "testsrc2=size=64x64:rate=16:duration=0.5"
+    smooth = "testsrc2=size=32x32:rate=16:duration=0.5"
     assert run_ffmpeg("-f", "lavfi", "-i", smooth, "-c:v", "libvpx", "-b:v", "4M", ffmpeg_url(foreign)).returncode == 0
     flags = ["--extend", foreign, "--num_frames", 9, "--num_inference_steps", 2, "--num_clips", 1, "--no_drift_report"]
     run_here(tmp_path / "out.mp4", *flags)
@@ -413,7 +424,7 @@ def test_extending_goes_on_counting_seeds(tmp_path, reference):
 
 def test_end_image_is_what_the_last_clip_ends_on(tmp_path):
     end = tmp_path / "end.png"
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(end)
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(end)
     flags = [*TWO_EXPERTS, "--variant", "2.0", "--num_clips", "2"]
     without, with_end = make(tmp_path / "a.mp4", *flags), make(tmp_path / "b.mp4", *flags, "--end_image", end)
     assert (without[:5] == with_end[:5]).all()
@@ -509,6 +520,11 @@ def test_names_of_released_files_tell_their_variant():
         (["--extend", "README.md"], 3, ["--extend", "README.md"]),
         (["--extend", "x.mp4", "--fps", "8"], 2, ["--fps with --extend"]),
         (["--ref_image_path", "missing.png"], 3, ["--ref_image_path", "missing.png"]),
+        (["--first_frame", "instantid"], 2, ["--ip_image", "one photo"]),
+        (["--first_frame", "instantid", "--ip_image", "assets/face.png"], 4, ["--only sdxl-base-1.0"]),
+        (["--first_frame", "instantid", "--extend", "x.mp4"], 2, ["--extend and --first_frame"]),
+        (["--ip_image", "assets/face.png"], 2, ["--ip_image", "--first_frame instantid"]),
+        (["--face_index", "0"], 2, ["--face_index", "--first_frame"]),
         (["--prompt_path", "missing.txt"], 3, ["--prompt_path missing.txt"]),
         (["--prompt_path", "README.md", "--prompt", "x"], 2, ["--prompt and --prompt_path"]),
         (["--output_root", "outputs"], 2, ["--output_root and --output"]),
@@ -525,8 +541,11 @@ def test_names_of_released_files_tell_their_variant():
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, exit_code, words):
-    monkeypatch.chdir(PROJECT)
+def test_bad_input_is_one_clear_line(tmp_path, tmp_path_factory, monkeypatch, flags, exit_code, words):
+    elsewhere = tmp_path_factory.mktemp("no checkpoints here")
+    for name in ("assets", "README.md"):
+        (elsewhere / name).symlink_to(PROJECT / name)
+    monkeypatch.chdir(elsewhere)
     with pytest.raises(UserError) as error:
         run_here(tmp_path / "out.mp4", *flags)
     message = str(error.value)
