@@ -48,7 +48,7 @@ def wanted_configs(args: argparse.Namespace) -> list[dict]:
     if args.method:
         method = load_config(args.method)
         names += [method["base"]["name"]] if method["base"] else []
-        names += [method["name"], *method["needs"]]
+        names.append(method["name"])
     version = args.wan_version or ("2.1" if args.vace or not names else None)
     if version:
         if args.vace and version != "2.1":

@@ -71,13 +71,14 @@ def stand_in(args: argparse.Namespace) -> None:
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    jobs = processes.own(jobs)
+    if not (jobs := processes.own(jobs)):  # more processes than videos
+        return
     scorer = load_scorer(settings, settings.score_photos)
-    pictures, settings = open_pictures(settings, config, processes, jobs[0].output if jobs else None)
+    pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
     wan = Wan(settings, config, processes)
     wan.check()
 
-    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
     for job in jobs:
@@ -93,14 +94,18 @@ def instant_id(args: argparse.Namespace) -> None:
     settings, config = resolve_instant_id(args)
     jobs = list_jobs(settings, ".png")
 
+    from pipelines.distributed import start_processes
     from pipelines.instant_id import PictureMaker, check_files, guide_face
     from pipelines.scoring import load_scorer, make_scored
     from preprocess.face_detection import load_recogniser
 
+    processes = start_processes(settings.device)
+    if not (jobs := processes.own(jobs)):
+        return
     check_files(settings, config)
     guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
     scorer = load_scorer(settings, settings.ip_image)
-    maker = PictureMaker(settings, config, guide)
+    maker = PictureMaker(settings, config, guide, processes.device)
     for job in jobs:
         print(make_scored(maker, job, scorer, settings))
 
@@ -118,17 +123,17 @@ def consis_id(args: argparse.Namespace) -> None:
     from pipelines.scoring import load_scorer, make_scored
 
     processes = start_processes(settings.device)
+    if not (jobs := processes.own(jobs)):
+        return
     model = ConsisID(settings, config, processes)
-    jobs = processes.own(jobs)
     model.check()
 
-    face = model.prepare_face(jobs[0].output if jobs else None)  # the face networks are gone after this
-    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
     scorer = load_scorer(model.scoring_settings, settings.ip_image)
+    face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
+    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
     maker = ConsisIDMaker(model, face, text)
     for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
-    processes.close()
+        print(make_scored(maker, job, scorer, settings))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ which never span a cut. Weights: python download_models.py --wan_version 2.1.
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
     add_common_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -53,11 +54,13 @@ def main(args: argparse.Namespace) -> None:
 
     from pipelines.distributed import start_processes
     from pipelines.face_swap import FaceSwapMaker, open_swap_video
+    from pipelines.scoring import load_scorer, make_scored
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = Wan(settings, config, processes)
     jobs = processes.own(jobs)
+    scorer = load_scorer(settings, settings.score_photos)
     wan.check()
 
     output = jobs[0].output if jobs and processes.writes else None
@@ -65,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = FaceSwapMaker(wan, text, video, info)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings, processes))
     processes.close()
 
 

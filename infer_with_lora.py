@@ -17,13 +17,14 @@ tokens run through the changed weights too. All else is as in infer.py.
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_lora_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_lora_arguments(parser)
     add_common_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -36,12 +37,14 @@ def main(args: argparse.Namespace) -> None:
     jobs = list_jobs(settings)
 
     from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
     from pipelines.text_to_video import VideoMaker, prepare_faces
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = Wan(settings, config, processes)
     jobs = processes.own(jobs)
+    scorer = load_scorer(settings, settings.score_photos)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
 
@@ -49,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VideoMaker(wan, text, faces)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings, processes))
     processes.close()
 
 

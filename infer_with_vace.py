@@ -15,7 +15,7 @@ Weights: python download_models.py --vace. A run that was stopped goes on when t
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     vace.add_argument("--window_frames", type=int, help="longer videos are made in windows of this length (81)")
     vace.add_argument("--window_overlap", type=int, help="frames that a window goes on from (9)")
     add_common_arguments(parser)
+    add_likeness_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -51,12 +52,14 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
     from pipelines.text_to_video import prepare_faces
     from pipelines.vace import VaceMaker, VaceWan, read_control
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = VaceWan(settings, config, processes)
     jobs = processes.own(jobs)
+    scorer = load_scorer(settings, settings.score_photos)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
     wan.check(at_once=replace(settings, num_frames=frames), beside=wan.branch_bytes())
 
@@ -65,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VaceMaker(wan, text, faces, control)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings, processes))
     processes.close()
 
 

@@ -111,6 +111,8 @@ def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
         "--face_centre", type=float, nargs=2, metavar=("X", "Y"), help="of the face, as shares (0.5 0.38)"
     )
     identity.add_argument("--face_roll", type=float, help="tilt of the head in degrees, clockwise (0)")
+    identity.add_argument("--pose_image", metavar="FILE", help="put the face where the one in this picture is")
+    identity.add_argument("--control_guidance_end", type=float, help="share of the steps with IdentityNet (1)")
     identity.add_argument(
         "--region_mask", action="store_true", default=None, help="act on the face only: for prompts with a scene"
     )
@@ -134,8 +136,6 @@ def add_first_frame_arguments(group) -> None:
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """What only --method instantid has."""
     picture = parser.add_argument_group("InstantID pictures")
-    picture.add_argument("--control_guidance_end", type=float, help="share of the steps with IdentityNet (1)")
-    picture.add_argument("--pose_image", metavar="FILE", help="put the face where the one in this picture is")
     picture.add_argument("--controlnet", nargs="+", action="extend", metavar="FOLDER", help="further ControlNets")
     picture.add_argument("--control_image", nargs="+", action="extend", metavar="FILE", help="their pictures")
     picture.add_argument("--control_scale", nargs="+", action="extend", type=float, help="one for all, or each (1)")

@@ -12,9 +12,7 @@ its unfinished video again.
 import dataclasses
 import gc
 import hashlib
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +43,10 @@ from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.memory import check_memory, free_cached, offload_groups, stage
+from pipelines.settings import describe_run
 from pipelines.text_to_video import ProgressBar
 from pipelines.video_file import VideoWriter
+from pipelines.wan import DTYPES
 from preprocess.image import write_png
 from preprocess.keypoints import draw_keypoints
 
@@ -54,7 +54,6 @@ logger = logging.getLogger("selfsame")
 
 diffusers_logging.set_verbosity_error()  # its notes on experimental features are for us, not for users
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)}
 # Bytes a pixel of the shown picture while the VAE decodes, in 16 bits: the authors measured 16 GB at 720x480.
 DECODE_BYTES = 45_000
@@ -144,12 +143,11 @@ class ConsisID:
 
     # -------------------------------------------------------------------------------------------------------- parts
 
-    def prepare_face(self, output: Path | None) -> FaceCondition:
+    def prepare_face(self, output: Path) -> FaceCondition:
         """The photo's face as the model is given it; also written as NAME.face0.png beside `output`."""
         face = prepare_face(self.settings, self.base_path, self.device, self.hint)
         free_cached(self.device)
-        if output is not None:
-            write_png(output.with_suffix(".face0.png"), face.picture, overwrite=True)
+        write_png(output.with_suffix(".face0.png"), face.picture, overwrite=True)
         return face
 
     @torch.no_grad()
@@ -281,18 +279,11 @@ class ConsisIDMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
-        settings = self.settings.as_dict() | {"prompt": [job.prompt], "seed": [job.seed]}
-        for name in ("output", "overwrite"):
-            del settings[name]
-        return {
-            "made_by": "Selfsame",
-            "settings": settings,
+        return describe_run(self.settings, job.prompt, job.seed) | {
             "weights": {str(self.model.transformer_path): fingerprint(self.model.transformer_path)},
             "faces": {self.settings.ip_image[0]: hashlib.sha256(self.face.picture.tobytes()).hexdigest()},
             "device": self.model.device.type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         }
 
 

@@ -20,6 +20,7 @@ from pipelines.consis_id_settings import ConsisIDSettings
 from preprocess.face import choose_face, load_parser
 from preprocess.face_alignment import align_face, grey, limit_size, similarity, to_uint8, white_background
 from preprocess.face_detection import load_recogniser, recogniser_is_there
+from preprocess.face_paste import overlap
 from preprocess.image import read_image
 from preprocess.retinaface import load_retinaface
 
@@ -164,13 +165,6 @@ def choose_as_upstream(image, recogniser, retinaface, name: str) -> ChosenFace:
 def no_face(image, name: str) -> InputError:
     height, width = image.shape[:2]
     return InputError(f"no face found in {name} ({width}x{height}); ConsisID needs a photo with a near frontal face")
-
-
-def overlap(box, other) -> float:
-    """Intersection over union of two boxes x1, y1, x2, y2."""
-    box, other = numpy.array(box), numpy.array(other)
-    common = (numpy.minimum(box[2:], other[2:]) - numpy.maximum(box[:2], other[:2])).clip(min=0).prod()
-    return float(common / ((box[2:] - box[:2]).prod() + (other[2:] - other[:2]).prod() - common))
 
 
 def condition(aligned, face: ChosenFace, parser: Callable, tower: torch.nn.Module) -> FaceCondition:

@@ -7,7 +7,15 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from errors import UsageError
-from pipelines.settings import BOUNDS, CHOICES, LikenessSettings, check_pictures, check_values, merge_settings
+from pipelines.settings import (
+    BOUNDS,
+    CHOICES,
+    LikenessSettings,
+    check_likeness,
+    check_pictures,
+    check_values,
+    merge_settings,
+)
 
 logger = logging.getLogger("selfsame")
 
@@ -65,6 +73,7 @@ def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
     """
     settings, config = merge_settings(args, ConsisIDSettings)
     check_values(settings, BOUNDS, CHOICES | {"face_detector": FACE_DETECTORS, "face_select": FACE_SELECTS})
+    check_likeness(settings)
     if len(settings.ip_image) != 1:
         raise UsageError(f"--ip_image: ConsisID takes the photo of one person, {len(settings.ip_image)} were given")
     if len(settings.guidance_scale) != 1:

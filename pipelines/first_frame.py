@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from configs import load_config
 from errors import InputError
 from pipelines.conditions import cover_resize
+from pipelines.distributed import choose_device
 from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
 from pipelines.instant_id import FaceGuide, PictureMaker, check_files, guide_face, weights_of
-from pipelines.instant_id_settings import InstantIdSettings
+from pipelines.instant_id_settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.scoring import load_scorer, make_scored
@@ -55,18 +56,19 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
     picture, config = picture_settings(settings), load_config(settings.first_frame)
     path = first_frame_path(output)
     guide = guide_face(picture, load_recogniser(settings.antelopv2_path, f"--first_frame {settings.first_frame}"))
-    face_height = settings.face_height * settings.height
-    if face_height < SMALLEST_FACE:
+    scale = max(settings.height / guide.size[0], settings.width / guide.size[1])  # cover_resize's
+    if (face_height := scale * (guide.box[3] - guide.box[1])) < SMALLEST_FACE:
+        where = f"--face_height ({picture.face_height or FACE_HEIGHT:g})"
         logger.warning(
-            "the first frame's face will be %.0f pixels high: below %d likeness drifts; raise --face_height (%g)",
-            *(face_height, SMALLEST_FACE, settings.face_height),
+            "the first frame's face will be %.0f pixels high: below %d likeness drifts; %s",
+            *(face_height, SMALLEST_FACE, "give a closer --pose_image" if picture.pose_image else f"raise {where}"),
         )
     if is_left(path, picture, guide, weights_of(picture, config), (settings.height, settings.width)):
         logger.info("%s is used again", path)
         return read_image(path)
 
     scorer = load_scorer(picture, picture.ip_image)
-    maker = PictureMaker(picture, config, guide)
+    maker = PictureMaker(picture, config, guide, choose_device(settings.device))
     make_scored(maker, Job(picture.prompt[0], settings.first_frame_seed, path), scorer, picture)
     maker.free()
     frame = cover_resize(read_image(path), settings.width, settings.height)

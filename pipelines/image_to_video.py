@@ -26,19 +26,19 @@ logger = logging.getLogger("selfsame")
 
 
 def open_pictures(
-    settings: ImageToVideoSettings, config: dict, processes: Processes, output: Path | None
+    settings: ImageToVideoSettings, config: dict, processes: Processes, output: Path
 ) -> tuple[list[numpy.ndarray], ImageToVideoSettings]:
     """The pictures that the video starts from and ends at, (H, W, 3) uint8, and the settings at the video's real size.
     No pictures: text-to-video. A first frame is made here, and SDXL is gone again before Wan loads.
 
     Args:
-        output: of the first video, to put a first frame beside it; None: this process has none to make.
+        output: of the first video, to put a first frame beside it.
 
     Raises:
         InputError: a picture that cannot be read, or a photo without a face.
         WeightsError: a first frame's weights are missing.
     """
-    if settings.first_frame is not None and output is not None:
+    if settings.first_frame is not None:
         Wan(settings, config, processes).check_files()  # before the minutes that SDXL takes
         check_first_frame_files(settings)
         frame = make_first_frame(settings, output) if processes.writes else None

@@ -9,9 +9,6 @@ from pathlib import Path
 from configs import load_config
 from errors import UsageError
 from pipelines.instant_id_settings import (
-    FACE_CENTRE,
-    FACE_HEIGHT,
-    FACE_ROLL,
     MULTIPLE,
     InstantIdSettings,
     check_instant_id,
@@ -19,7 +16,6 @@ from pipelines.instant_id_settings import (
 from pipelines.settings import (
     LikenessSettings,
     Settings,
-    check_likeness,
     check_pictures,
     family_of,
     resolve_settings,
@@ -45,9 +41,11 @@ class FirstFrameSettings(LikenessSettings):
     instantid_path: str | None = None
     ip_adapter_scale: float = 0.8
     controlnet_conditioning_scale: float = 0.8
-    face_height: float = FACE_HEIGHT
-    face_centre: tuple[float, ...] = FACE_CENTRE
-    face_roll: float = FACE_ROLL
+    control_guidance_end: float = 1.0
+    pose_image: str | None = None
+    face_height: float | None = None
+    face_centre: tuple[float, ...] | None = None
+    face_roll: float | None = None
     region_mask: bool = False
 
     @property
@@ -63,7 +61,6 @@ def check_first_frame(settings: FirstFrameSettings) -> None:
         UsageError: a first frame without a photo, or flags that only a first frame uses.
         InputError: a photo that is not there.
     """
-    check_likeness(settings)
     if settings.first_frame is None:
         for name in FirstFrameSettings.__annotations__:
             if getattr(settings, name) != getattr(FirstFrameSettings, name):
@@ -150,8 +147,6 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
     check_first_frame(settings)
     if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
         raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
-    if settings.min_face_score is not None and not settings.score_photos:
-        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     pictures = {name: getattr(settings, name) for name in ("image", "last_image")}
     check_pictures(**{name: (path,) for name, path in pictures.items() if path is not None})
     family, name = family_of(config), config["name"]

@@ -2,11 +2,9 @@
 
 import gc
 import hashlib
-import importlib.metadata
 import logging
-import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -28,7 +26,6 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from models.wan.checkpoint import fingerprint, read_tensors
 from pipelines.conditions import cover_resize
-from pipelines.distributed import choose_device
 from pipelines.instant_id_settings import (
     FACE_CENTRE,
     FACE_HEIGHT,
@@ -40,14 +37,13 @@ from pipelines.instant_id_settings import (
 from pipelines.jobs import Job
 from pipelines.memory import free_cached, place_pipeline, stage
 from pipelines.picture_file import write_picture
+from pipelines.settings import describe_run
+from pipelines.wan import DTYPES
 from preprocess.face import choose_face
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face, resize_picture
 
 logger = logging.getLogger("selfsame")
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 # -------------------------------------------------------------------------------------------------------- the face
 
@@ -252,11 +248,11 @@ class PictureMaker:
     Args:
         settings, config: from `resolve_instant_id`.
         guide: from `guide_face`.
+        device: where to draw.
     """
 
-    def __init__(self, settings: InstantIdSettings, config: dict, guide: FaceGuide):
-        self.settings, self.config, self.guide = settings, config, guide
-        self.device = choose_device(settings.device)
+    def __init__(self, settings: InstantIdSettings, config: dict, guide: FaceGuide, device: torch.device):
+        self.settings, self.config, self.guide, self.device = settings, config, guide, device
         self.controls = [
             cover_resize(read_image(picture, "--control_image"), guide.size[1], guide.size[0])
             for picture in settings.control_image
@@ -303,20 +299,13 @@ class PictureMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this picture this picture: enough to make it again. `settings` is what --config accepts."""
-        settings = replace(self.settings, prompt=(job.prompt,), seed=(job.seed,)).as_dict()
-        for name in ("output", "overwrite"):
-            del settings[name]
-        return {
-            "made_by": "Selfsame",
-            "settings": settings,
+        return describe_run(self.settings, job.prompt, job.seed) | {
             "weights": self.weights,
             "face": self.guide.as_dict(),
             "size": {"height": self.guide.size[0], "width": self.guide.size[1]},
             "scheduler": type(self.pipeline.scheduler).__name__,
             "device": self.device.type,
             "dtype": str(self.pipeline.unet.dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         }
 
     def free(self) -> None:

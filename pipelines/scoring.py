@@ -57,7 +57,8 @@ def load_scorer(settings: LikenessSettings, photos: Sequence[str], argument: str
     if settings.min_face_score is None and not recogniser_is_there(settings.antelopv2_path):
         logger.info("likeness is not measured: no face models here (python download_models.py --only antelopev2)")
         return None
-    recogniser = load_recogniser(settings.antelopv2_path, "--min_face_score" if settings.min_face_score else "a score")
+    wants = "a score" if settings.min_face_score is None else "--min_face_score"
+    recogniser = load_recogniser(settings.antelopv2_path, wants)
     pictures = [read_image(photo, argument) for photo in photos]
     try:
         return FaceScorer(recogniser, pictures, settings.face_index if len(photos) == 1 else None, photos)

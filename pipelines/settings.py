@@ -4,9 +4,11 @@ Every value has one home: what depends on the model is in configs/, the rest is 
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import math
+import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,12 +57,20 @@ BOUNDS = {
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
-# Not taken from an earlier run's JSON: they say where and how to write, not what.
-OF_ONE_RUN = ("output", "overwrite", "preview", "config")
+# Not kept in a run's JSON, nor taken from one: they say where and how to write, not what.
+OF_ONE_RUN = ("output", "overwrite", "preview")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikenessSettings:
+    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
+
+    min_face_score: float | None = None  # ArcFace cosine; None: measure only
+    max_retries: int = 3  # further seeds to try while the score is below
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(LikenessSettings):
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
     families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
@@ -121,16 +131,13 @@ class Settings:
         """The photos that Stand-In is given."""
         return self.ip_image
 
+    @property
+    def score_photos(self) -> tuple[str, ...]:
+        """Whom the output is compared with."""
+        return self.ip_image
+
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikenessSettings:
-    """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
-
-    min_face_score: float | None = None  # ArcFace cosine; None: measure only
-    max_retries: int = 3  # further seeds to try while the score is below
 
 
 def resolve_settings(
@@ -173,6 +180,10 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
     config = load_config(config_name)
     if config.get("lora"):
         raise UsageError(f"--config {config_name}: says how a LoRA is sampled, not which model; use --lora_config")
+    if not any(key in config for key in ("variant", "transformer", "method")):
+        raise UsageError(f"--config {config_name}: a part of other models, none that makes something by itself")
+    if "method" in config and "method" not in vars(args):
+        raise UsageError(f"--config {config_name}: not a Wan model; run it by: python infer.py --config {config_name}")
 
     fields = {field.name for field in dataclasses.fields(kind)}
     if "method" in vars(args) and (strange := [name for name in given if name not in fields]):
@@ -246,13 +257,24 @@ def _default_config(given: dict, wan_version: str | None) -> str:
     return "stand-in-wan2.1" if "base_path" in given or "stand_in_path" in given else "tiny"
 
 
+def describe_run(settings: Kind, prompt: str, seed: int) -> dict:
+    """What every output's record has: the settings of this one output, as --config accepts them, and the versions."""
+    values = dataclasses.replace(settings, prompt=(prompt,), seed=(seed,)).as_dict()
+    return {
+        "made_by": "Selfsame",
+        "settings": {name: value for name, value in values.items() if name not in OF_ONE_RUN},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
 def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
     """The settings that `kind` knows in the JSON that an earlier run wrote beside its output."""
     settings = read_run_settings(path)
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(settings) - known):
         raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
-    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN or key == "config"}
+    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
 
 
 def read_run_settings(path: str) -> dict:
@@ -314,6 +336,9 @@ def check_pictures(**pictures: Sequence[str]) -> None:
 def check_settings(settings: Settings, config: dict) -> Settings:
     """Bounds, choices and combinations; sizes rounded up to what the model can make, with a message."""
     check_values(settings, BOUNDS, CHOICES)
+    check_likeness(settings)
+    if settings.min_face_score is not None and not settings.score_photos:
+        raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
     if settings.identity_start > settings.identity_end:
         raise UsageError(
             f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"

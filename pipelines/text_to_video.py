@@ -1,11 +1,8 @@
 """Identity-preserving text-to-video: prompts and photos to mp4 files, one job a prompt and seed."""
 
 import contextlib
-import dataclasses
 import hashlib
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +24,7 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError,
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import is_out_of_memory, next_mode, stage
-from pipelines.settings import Settings
+from pipelines.settings import Settings, describe_run
 from pipelines.video_file import VideoWriter, frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import FaceImage, load_parser, prepare_face
@@ -317,12 +314,7 @@ class VideoMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
-        settings = dataclasses.replace(self.settings, prompt=(job.prompt,), seed=(job.seed,)).as_dict()
-        for name in ("output", "overwrite", "preview"):
-            del settings[name]
-        return {
-            "made_by": "Selfsame",
-            "settings": settings,
+        return describe_run(self.settings, job.prompt, job.seed) | {
             "weights": self.wan.fingerprints(),
             "faces": dict(
                 zip(self.settings.stand_in_photos, self.face_hashes, strict=True)
@@ -332,8 +324,6 @@ class VideoMaker:
             "device": self.wan.device.type,
             "dtype": str(self.wan.dtype).removeprefix("torch."),
             "vae_dtype": str(self.wan.vae_dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         }
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+import infer
+import infer_with_lora
 from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
 from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
@@ -31,6 +33,22 @@ UPSTREAM = {
     "stand-in-wan2.2": (20, 5.0, 5.0, 81, 16, 480, 832, "euler"),
 }
 KEYS = ("num_inference_steps", "shift", "guidance_scale", "num_frames", "fps", "height", "width", "solver")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "words"),
+    [
+        (infer, "antelopev2", "a part of other models"),
+        (infer_with_lora, "sdxl-base-1.0", "a part of other models"),
+        (infer_with_lora, "instantid", "run it by: python infer.py --config instantid"),
+        (infer_with_lora, "consisid-1.5", "run it by: python infer.py --config consisid-1.5"),
+    ],
+)
+def test_a_config_that_the_script_cannot_run_is_refused(script, name, words):
+    sizes = ["--height", "64", "--width", "64", "--num_frames", "5", "--fps", "8"]
+    rest = ["--prompt", "x", "--num_inference_steps", "1", "--guidance_scale", "1", "--shift", "3", "--solver", "euler"]
+    with pytest.raises(UsageError, match=f"--config {name}: .*{words}"):
+        script.main(script.parse_args(["--config", name, *sizes, *rest]))
 
 
 @pytest.mark.parametrize("name", UPSTREAM)

@@ -274,6 +274,7 @@ def test_tiled_decodes_all_frames(releases, tmp_path):
         (["--preview"], UsageError, "--preview: --method consisid"),
         (["--ip_image", "assets/face.png"], UsageError, "--ip_image: ConsisID takes the photo of one person, 2"),
         (["--guidance_scale", 3, 4], UsageError, "--guidance_scale: 2 values"),
+        (["--max_retries", 1], UsageError, "--max_retries 1: give --min_face_score"),
         (["--memory", "half"], UsageError, "--memory half: accepted are resident"),
         (["--num_frames", 0], UsageError, "--num_frames 0: accepted are 1"),
         (["--face_detector", "yolo"], UsageError, "--face_detector yolo: accepted are retinaface, scrfd"),

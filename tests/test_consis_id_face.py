@@ -6,7 +6,7 @@ import torch
 
 from errors import InputError, WeightsError
 from models.identity.eva_clip import EvaVisionTower, load_eva_tower, tower_from_tensors
-from pipelines.consis_id_face import choose, choose_as_upstream, clip_pixels, overlap
+from pipelines.consis_id_face import choose, choose_as_upstream, clip_pixels
 from preprocess.face_alignment import (
     NOT_FACE,
     TEMPLATE,
@@ -18,6 +18,7 @@ from preprocess.face_alignment import (
     white_background,
 )
 from preprocess.face_detection import Face, load_recogniser
+from preprocess.face_paste import overlap
 from preprocess.retinaface import RetinaFace, RetinaFaceDetector, anchors, apart, decode, load_retinaface
 from tests.tiny_consis_id import randomise
 from tests.tiny_face import write_antelopev2

@@ -259,6 +259,15 @@ def test_wan_version_brings_all_parts():
     assert wanted("--only", "antelopev2", "--wan_version", "2.1")[0] == "antelopev2"
 
 
+def test_method_brings_all_parts():
+    instant_id = ["sdxl-base-1.0", "instantid", "antelopev2"]
+    assert wanted("--method", "instantid") == instant_id
+    assert wanted("--method", "instantid", "--only", "lcm-lora-sdxl") == ["lcm-lora-sdxl", *instant_id]
+    faces = ["antelopev2", "face-parsing"]
+    assert wanted("--method", "consisid") == ["consisid", *faces]
+    assert wanted("--only", "consisid-1.5") == ["consisid-1.5", *faces]
+
+
 # ------------------------------------------------------------------------------------------- one file
 
 

@@ -29,6 +29,7 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from pipelines import image_to_video_settings, instant_id
 from pipelines.conditions import cover_resize
+from pipelines.image_to_video_settings import picture_settings, resolve_image_to_video
 from pipelines.instant_id_settings import resolve_instant_id
 from pipelines.picture_file import read_picture_metadata
 from preprocess.face_detection import Face, load_recogniser
@@ -243,6 +244,30 @@ def test_largest_face_of_the_pose_picture_is_taken(weights, monkeypatch, tmp_pat
         assert (guide.keypoints == large.keypoints).all()
         assert (guide.embedding == embedding).all()
         assert guide.size == (256, 256)
+
+
+def test_pose_picture_places_the_face_of_a_first_frame_too(weights, tmp_path):
+    Image.new("RGB", (300, 200)).save(tmp_path / "pose.png")
+    first = ("--first_frame", "instantid", "--pose_image", tmp_path / "pose.png", "--control_guidance_end", 0.8)
+    args = infer.parse_args(flags(weights, *first, *VIDEO, "--ip_image", PORTRAIT))
+    settings = picture_settings(resolve_image_to_video(args)[0])
+    assert settings.control_guidance_end == 0.8
+    assert not settings.framed
+    face = Face((300.0, 100.0, 500.0, 350.0), 1.0, 2 * KEYPOINTS, embedding=numpy.ones(512, numpy.float32))
+    seen = []
+    guide = instant_id.guide_face(settings, lambda picture: seen.append(picture.shape) or [face])
+    assert seen == [(1280, 1280, 3), (*guide.size, 3)]  # keypoints are in pixels of the picture to make
+    assert guide.box == face.box
+
+
+def test_prompts_are_split_over_processes(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_all = flags(weights, "--method", "instantid", *SMALL, "--output", tmp_path / "out.png")
+    infer.main(infer.parse_args([*make_all, "--seed", "0", "1"]))
+    assert [p.name for p in tmp_path.glob("*.png")] == ["out-000-seed1.png"]
+    infer.main(infer.parse_args([*make_all, "--seed", "2"]))  # the other process's
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_without_a_size_the_picture_has_the_photos_shape(weights):

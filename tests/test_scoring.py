@@ -8,7 +8,8 @@ import numpy
 import pytest
 
 import infer
-from errors import InputError, UserError, WeightsError
+import infer_with_vace
+from errors import InputError, UsageError, UserError, WeightsError
 from pipelines import scoring
 from pipelines.jobs import Job
 from pipelines.picture_file import write_picture
@@ -213,6 +214,21 @@ def test_videos_of_stand_in_are_scored(tmp_path, caplog):
     frames = [recogniser(frame)[0].embedding for frame in read_frames(tmp_path / "out.mp4")]
     expected = numpy.mean([cosine(embedding, frame) for frame in frames])
     assert record["face_score"]["cosine"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_other_scripts_have_the_gate_too(tmp_path, caplog):
+    """Stand-In with VACE, tried with two seeds that cannot be good enough."""
+    root = write_antelopev2(tmp_path / "antelopev2", ((6, 8, 0.9, 3),))
+    flags = ["--antelopv2_path", str(root), "--no_face_crop", "--num_inference_steps", "1"]
+    flags += ["--output", str(tmp_path / "out.mp4"), "--min_face_score", "1", "--max_retries", "1"]
+    infer_with_vace.main(infer_with_vace.parse_args(flags))
+    assert read_metadata(tmp_path / "out.mp4")["settings"]["seed"][0] in (0, 1)
+    assert read_metadata(tmp_path / "out.mp4")["face_score"]["cosine"] < 1
+    assert "none of 2 seeds reached --min_face_score 1" in caplog.text
+    with pytest.raises(UsageError, match="--min_face_score 0.5: there is no photo"):
+        infer_with_vace.main(
+            infer_with_vace.parse_args(["--config", "wan2.1-vace-1.3B", "--prompt", "x", "--min_face_score", "0.5"])
+        )
 
 
 @pytest.mark.parametrize(
