@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.clip_plan import Clip
-from pipelines.job_state import JobState
+from pipelines.job_state import JobState, digest_of
 
 logger = logging.getLogger("selfsame")
 
@@ -36,7 +35,7 @@ class ClipStore:
 
     def __init__(self, output: Path, identity: dict, clips: Sequence[Clip]):
         self.folder = output.with_name(f".{output.stem}.clips")
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.identity = digest_of(identity)
         self.clips = clips
 
     def path(self, clip: Clip) -> Path:
