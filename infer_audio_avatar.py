@@ -18,7 +18,7 @@ Weights: python download_models.py --only stableavatar-1.3B. A stopped run goes 
 import argparse
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_lora_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,8 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     avatar.add_argument("--teacache_offload", action="store_true", default=None, help="keep its residuals in RAM")
     avatar.add_argument("--fsdp_dit", action="store_true", default=None, help="shard the weights over the processes")
     avatar.add_argument("--identity", "--ip_image", nargs="+", help="not here: Stand-In is for text-to-video models")
+    avatar.add_argument("--face_index", type=int, help="whose likeness is measured, from the left (the largest face)")
     add_lora_arguments(parser)
     add_common_arguments(parser, identity=False)
+    add_likeness_arguments(parser)
     upstream = parser.add_argument_group("upstream's names")
     upstream.add_argument("--validation_prompts", dest="prompt", nargs="+", action="extend", help="--prompt")
     upstream.add_argument("--sample_steps", dest="num_inference_steps", type=int, help="--num_inference_steps (50)")
@@ -72,8 +74,10 @@ def main(args: argparse.Namespace) -> None:
 
     from pipelines.audio_avatar import AvatarMaker, AvatarWan, read_reference
     from pipelines.distributed import start_processes
+    from pipelines.scoring import load_scorer, make_scored
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
+    scorer = load_scorer(settings, (settings.reference_image,), "--reference_image")
     wan = AvatarWan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(beside=wan.adapter_bytes())
@@ -82,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = AvatarMaker(wan, text, reference, samples)
     for job in jobs:
-        print(maker.make(job))
+        print(make_scored(maker, job, scorer, settings, processes))
     processes.close()
 
 

@@ -3,14 +3,13 @@
 import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy
 
-from errors import InputError, UsageError
+from errors import UsageError
 from pipelines.lora import LoraSettings, resolve_lora_settings
-from pipelines.settings import PROJECT, check_values
+from pipelines.settings import PROJECT, LikenessSettings, check_likeness, check_pictures, check_values
 from preprocess.audio import AudioTimeline, read_audio
 
 # upstream's memory modes -> --memory and --fp8
@@ -36,14 +35,14 @@ BOUNDS = {
 }
 # Fields of text-to-video that a talking avatar has no use for; they stay out of the record beside the video.
 NOT_USED = (
-    *("ip_image", "stand_in_path", "antelopv2_path", "face_parser_path", "face_index", "allow_no_face"),
-    *("no_face_crop", "identity_strength", "identity_start", "identity_end", "guidance_scale"),
+    *("ip_image", "stand_in_path", "face_parser_path", "allow_no_face", "no_face_crop", "identity_strength"),
+    *("identity_start", "identity_end", "guidance_scale"),
     *("lora_path_high", "lora_scale_high", "lora_path_low", "lora_scale_low"),
 )
 
 
 @dataclass(frozen=True)
-class AvatarSettings(LoraSettings):
+class AvatarSettings(LikenessSettings, LoraSettings):
     """`num_frames` is the length of one window (upstream's clip_sample_n_frames); the video is as long as the sound."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v", "fun")
@@ -135,6 +134,7 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         UsageError, InputError.
     """
     check_values(settings, BOUNDS, CHOICES)
+    check_likeness(settings)
     if settings.solver not in SOLVERS:
         raise UsageError(
             f"--solver {settings.solver}: accepted are {', '.join(SOLVERS)}; windows are fused after each step, which "
@@ -159,6 +159,4 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         raise UsageError("--fsdp_dit shards the weights over the processes of --ulysses_degree or --ring_degree")
     if settings.fsdp_dit and (settings.memory not in ("model", "resident") or settings.fp8 or settings.compile):
         raise UsageError("--fsdp_dit keeps the weights on the devices as they are: no --memory, --fp8 or --compile")
-    photo = settings.reference_image
-    if "://" not in photo and not Path(photo).is_file():
-        raise InputError(f"--reference_image {photo}: no such file; give a picture's path or URL")
+    check_pictures(reference_image=(settings.reference_image,))

@@ -19,7 +19,7 @@ from torch import Tensor
 from errors import ResourceError
 from pipelines.denoise import Step
 from pipelines.distributed import Processes
-from pipelines.job_state import JobState, logger
+from pipelines.job_state import JobState, digest_of, logger
 
 
 def create_on_disk(path: Path, shape: Sequence[int], metadata: dict[str, str]) -> Tensor:
@@ -74,7 +74,7 @@ class AvatarState:
     def __init__(self, output: Path, identity: dict, shape: tuple[int, int, int, int], processes: Processes):
         self.folder = output.with_name(f".{output.stem}.state")
         self.identity, self.shape, self.processes = identity, shape, processes
-        self.digest = JobState(output, identity).digest
+        self.digest = digest_of(identity)
         self.path = self.folder / ("latents" + (f".{processes.rank}" if processes.rank else "") + ".safetensors")
         self.part = self.path.with_suffix(".part")
         self.latents: Tensor | None = None  # after the last finished step

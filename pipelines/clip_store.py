@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from errors import ResourceError
 from pipelines.clip_plan import Clip
-from pipelines.job_state import JobState
+from pipelines.job_state import JobState, digest_of
 
 logger = logging.getLogger("selfsame")
 
@@ -37,7 +36,7 @@ class ClipStore:
 
     def __init__(self, output: Path, identity: dict, clips: Sequence[Clip]):
         self.folder = output.with_name(f".{output.stem}.clips")
-        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.identity = digest_of(identity)
         self.clips = clips
 
     def path(self, clip: Clip) -> Path:

@@ -20,6 +20,11 @@ from pipelines.denoise import Step
 logger = logging.getLogger("selfsame")
 
 
+def digest_of(identity: dict) -> str:
+    """One short value for everything that decides a video's content."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
 class JobState:
     """The saved progress of one video.
 
@@ -30,7 +35,7 @@ class JobState:
 
     def __init__(self, output: Path, identity: dict):
         self.path = output.with_name(f".{output.stem}.state.safetensors")
-        self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        self.digest = digest_of(identity)
 
     def save(self, step: Step) -> None:
         """Record that the steps up to and including this one are done.

@@ -38,6 +38,7 @@ from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
 from preprocess.video import probe, read_frames
 from tests.test_distributed import torchrun
 from tests.test_infer import original_vae_names
+from tests.tiny_face import write_antelopev2
 
 PROJECT = Path(__file__).parent.parent
 SIZE = ("--height", "32", "--width", "32")
@@ -275,6 +276,23 @@ def test_json_of_a_run_makes_the_run_again(tmp_path, speech):
     first = make(tmp_path / "first.mp4", *SMALL, "--audio", speech, *flags)
     assert (make(tmp_path / "again.mp4", "--config", tmp_path / "first.json") == first).all()
     assert read_metadata(tmp_path / "again.mp4") == read_metadata(tmp_path / "first.mp4")
+
+
+def test_likeness_is_recorded_and_tries_further_seeds(tmp_path, speech):
+    """The photo is scored against itself by a detector that finds a face anywhere; no seed reaches a cosine of 1."""
+    models = write_antelopev2(tmp_path / "antelopev2", ((6, 8, 0.9, 3),))
+    flags = (*SMALL, "--audio", speech, "--antelopv2_path", models)
+    plain = make(tmp_path / "plain.mp4", *flags, "--seed", 1)
+    assert read_metadata(tmp_path / "plain.mp4")["face_score"]["frames_looked_at"] == 7  # 33 frames, every fifth
+    make(tmp_path / "best.mp4", *flags, "--min_face_score", 1, "--max_retries", 1)
+    made = read_metadata(tmp_path / "best.mp4")
+    assert made["settings"]["seed"][0] in (0, 1)
+    if made["settings"]["seed"] == [1]:
+        assert (read_frames(tmp_path / "best.mp4") == plain).all()
+    assert not list(tmp_path.glob("best.seed*")) and not list(tmp_path.glob(".best*"))
+    with pytest.raises(UserError, match="--min_face_score") as error:
+        run(tmp_path / "two.mp4", *flags, "--max_retries", 1)
+    assert error.value.exit_code == 2
 
 
 def write_release(folder: Path, config: dict) -> list[str]:
