@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.scoring import load_scorer, make_scored
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
-    scorer = load_scorer(settings, (settings.reference_image,), "--reference_image")
+    scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     wan = AvatarWan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(beside=wan.adapter_bytes())

@@ -9,7 +9,7 @@ import numpy
 
 from errors import UsageError
 from pipelines.lora import LoraSettings, resolve_lora_settings
-from pipelines.settings import PROJECT, LikenessSettings, check_likeness, check_pictures, check_values
+from pipelines.settings import PROJECT, check_pictures, check_values
 from preprocess.audio import AudioTimeline, read_audio
 
 # upstream's memory modes -> --memory and --fp8
@@ -33,6 +33,7 @@ BOUNDS = {
     "color_correction": (0, 1),
     "num_skip_start_steps": (1, 1000),
 }
+DEMONSTRATION = {"reference_image": f"{PROJECT}/assets/face.png", "audio": f"{PROJECT}/assets/speech.wav"}
 # Fields of text-to-video that a talking avatar has no use for; they stay out of the record beside the video.
 NOT_USED = (
     *("ip_image", "stand_in_path", "face_parser_path", "allow_no_face", "no_face_crop", "identity_strength"),
@@ -42,7 +43,7 @@ NOT_USED = (
 
 
 @dataclass(frozen=True)
-class AvatarSettings(LikenessSettings, LoraSettings):
+class AvatarSettings(LoraSettings):
     """`num_frames` is the length of one window (upstream's clip_sample_n_frames); the video is as long as the sound."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v", "fun")
@@ -65,6 +66,11 @@ class AvatarSettings(LikenessSettings, LoraSettings):
     num_skip_start_steps: int = 5
     teacache_offload: bool = False
     fsdp_dit: bool = False
+
+    @property
+    def score_photos(self) -> tuple[str, ...]:
+        """Whom the video is compared with: the person in the picture."""
+        return (self.reference_image or DEMONSTRATION["reference_image"],)
 
     @property
     def window(self) -> int:
@@ -120,11 +126,10 @@ def translate_upstream(args: Namespace) -> None:
 
 def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings:
     """The tiny model has a photo and a speech to show itself with; others are told."""
-    demonstration = {"reference_image": PROJECT / "assets" / "face.png", "audio": PROJECT / "assets" / "speech.wav"}
-    missing = [name for name in demonstration if getattr(settings, name) is None]
+    missing = [name for name in DEMONSTRATION if getattr(settings, name) is None]
     if missing and not config.get("tiny"):
         raise UsageError(f"--{missing[0]}: give " + ("the person's photo" if missing[0] != "audio" else "what is said"))
-    return dataclasses.replace(settings, **{name: str(demonstration[name]) for name in missing})
+    return dataclasses.replace(settings, **{name: DEMONSTRATION[name] for name in missing})
 
 
 def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
@@ -134,7 +139,6 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         UsageError, InputError.
     """
     check_values(settings, BOUNDS, CHOICES)
-    check_likeness(settings)
     if settings.solver not in SOLVERS:
         raise UsageError(
             f"--solver {settings.solver}: accepted are {', '.join(SOLVERS)}; windows are fused after each step, which "
