@@ -56,15 +56,12 @@ CHECKS = {
 
 # Kinds whose feature is not in the toolkit yet. They are reported as skipped by name, never as passed.
 NOT_BUILT_YET = {
-    "training": ("standin_train_step",),
-    "talking avatar": (
+    "training": (
         "stableavatar_dataset_sample",
         "stableavatar_train_step",
-    ),
-    "long video": (
+        "standin_train_step",
         "svi_erft_training_step",
         "svi_error_bank",
-        "svi_scheduler_and_buckets",
     ),
 }
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from models.lora import Lora, merge_loras
-from models.wan.schedulers import expert_index, get_schedule
+from models.wan.schedulers import expert_index, get_schedule, make_solver
 from models.wan.transformer import Prompt
 from pipelines.clip_conditions import frames_to_condition, latents_to_condition, picture_to_frame
 from pipelines.clip_plan import (
@@ -25,6 +25,7 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.long_video_settings import limit_width
 from preprocess.prompts import prompt_lines
 from tests.golden_checks.dit import build_transformer, record_outputs
+from training.error_recycling import error_buckets, loss_weights
 
 # ---------------------------------------------------------------------------------------------------------------- plans
 
@@ -319,7 +320,29 @@ def check_lora_v2(case) -> None:
     check_lora(case, case.config["alphas"], case.config["lora_files"], "latents")
 
 
+def check_schedule_and_buckets(case) -> None:
+    """Inference by Euler steps of a constant velocity, and the tables that training draws from."""
+    config, inputs = case.config, case.inputs
+    train = get_schedule("euler", config["num_train_timesteps"], config["shift"])
+    case.check("train_sigmas", train.sigmas[:-1])
+    case.check("train_timesteps", train.timesteps)
+    case.check("train_weights", loss_weights(train.timesteps))
+    grid = get_schedule("euler", config["num_grids"], config["shift"]).timesteps
+    case.check("grid_timesteps", grid)
+    case.check("grid_idx", error_buckets(train.timesteps, grid))
+    case.check("extra_grid_idx", error_buckets(inputs["extra_timesteps"], grid))
+
+    schedule = get_schedule("euler", config["num_inference_steps"], config["shift"])
+    case.check("infer_sigmas", schedule.sigmas[:-1])
+    case.check("infer_timesteps", schedule.timesteps)
+    solver, path = make_solver(schedule), [inputs["x"]]
+    for step in range(schedule.num_steps):
+        path.append(solver.step(inputs["v"], step, path[-1]))
+    case.check("euler_path", torch.stack(path))
+
+
 CHECKS = {
+    "svi_scheduler_and_buckets": check_schedule_and_buckets,
     "svi_clip_assembly_v1": check_assembly_v1,
     "svi_clip_assembly_talk": check_assembly_talk,
     "svi_clip_assembly_dance": check_assembly_dance,
