@@ -1,8 +1,6 @@
 """The settings of a ConsisID run, checked without torch."""
 
 import dataclasses
-import logging
-import math
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -11,13 +9,13 @@ from pipelines.settings import (
     BOUNDS,
     CHOICES,
     LikenessSettings,
+    check_fp8,
     check_likeness,
     check_pictures,
     check_values,
     merge_settings,
+    round_sizes,
 )
-
-logger = logging.getLogger("selfsame")
 
 FACE_DETECTORS = ("retinaface", "scrfd")
 FACE_SELECTS = ("one", "upstream")
@@ -83,17 +81,8 @@ def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
             "--face_select upstream takes the largest face for one network and RetinaFace's most central for the "
             "other: leave out --face_index and --face_detector"
         )
-    if settings.fp8 and settings.memory in ("group", "sequential"):
-        raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+    check_fp8(settings)
     check_pictures(ip_image=settings.ip_image)
-    rounded = {
-        "height": math.ceil(settings.height / 16) * 16,  # a token covers 2 x 2 latent cells of 8 pixels
-        "width": math.ceil(settings.width / 16) * 16,
-        # The VAE makes one frame of the first latent frame only where an odd number of them comes in.
-        "num_frames": math.ceil((settings.num_frames - 1) / 8) * 8 + 1,
-    }
-    for name, value in rounded.items():
-        if value != getattr(settings, name):
-            rule = "8n+1" if name == "num_frames" else "a multiple of 16"
-            logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
-    return dataclasses.replace(settings, **rounded), config
+    # A token covers 2 x 2 latent cells of 8 pixels. The VAE makes one frame of the first latent frame only where an odd
+    # number of them comes in.
+    return round_sizes(settings, multiple=16, frame_step=8), config

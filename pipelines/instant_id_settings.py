@@ -1,8 +1,6 @@
 """The settings of an InstantID run: checked without torch."""
 
 import dataclasses
-import logging
-import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +15,8 @@ from pipelines.settings import (
     check_pictures,
     check_values,
     merge_settings,
+    round_sizes,
 )
-
-logger = logging.getLogger("selfsame")
 
 MULTIPLE = 64  # of the picture's sides, which IdentityNet and the region mask see at 1/8, 1/16 and 1/32
 FACE_HEIGHT, FACE_CENTRE, FACE_ROLL = 0.35, (0.5, 0.38), 0.0  # a medium shot
@@ -129,13 +126,7 @@ def check_instant_id(settings: InstantIdSettings) -> InstantIdSettings:
     check_pictures(ip_image=settings.ip_image, pose_image=pose, control_image=settings.control_image)
     if settings.height is None:
         return settings
-    rounded = {name: math.ceil(getattr(settings, name) / MULTIPLE) * MULTIPLE for name in ("height", "width")}
-    for name, value in rounded.items():
-        if value != getattr(settings, name):
-            logger.warning(
-                "--%s %d becomes %d: the model makes a multiple of %d", name, getattr(settings, name), value, MULTIPLE
-            )
-    return dataclasses.replace(settings, **rounded)
+    return round_sizes(settings, MULTIPLE, frame_step=None)
 
 
 def instantid_folder(settings: InstantIdSettings, config: dict) -> Path:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import numpy
@@ -10,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
-from pipelines.video_file import cannot_write, sidecar_path, sync, to_json
+from pipelines.video_file import cannot_write, put_in_place, sidecar_path, to_json
 
 TEXT_CHUNK = "Comment"  # of PNG's registered keywords
 
@@ -27,9 +26,7 @@ def write_picture(path: Path, picture: numpy.ndarray, metadata: dict) -> None:
     try:
         Image.fromarray(numpy.ascontiguousarray(picture)).save(part, format="PNG", pnginfo=chunks)
         sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
-        for written, place in ((sidecar_part, sidecar_path(path)), (part, path)):  # last: where the picture is, all is
-            sync(written)
-            os.replace(written, place)
+        put_in_place((sidecar_part, sidecar_path(path)), (part, path))
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:

@@ -321,6 +321,16 @@ def check_likeness(settings: LikenessSettings) -> None:
         raise UsageError(f"--max_retries {settings.max_retries}: give --min_face_score, the score to reach, too")
 
 
+def check_fp8(settings) -> None:
+    """Whether the memory mode, of settings of any method, leaves the casting of weights to --fp8.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if settings.fp8 and settings.memory in ("group", "sequential"):
+        raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+
+
 def check_pictures(**pictures: Sequence[str]) -> None:
     """Whether the files of these flags are there; a URL is only tried when it is read.
 
@@ -354,8 +364,7 @@ def check_settings(settings: Settings, config: dict) -> Settings:
     if (family := family_of(config)) not in settings.families:
         accepted = ", ".join(settings.families)
         raise UsageError(f"--config {config['name']}: model of family {family}; accepted here are {accepted}")
-    if settings.fp8 and settings.memory in ("group", "sequential"):
-        raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+    check_fp8(settings)
     fitted = config.get("tiny") or (config["variant"] in COEFFICIENTS and not config.get("experts"))
     if settings.step_cache == "teacache" and not fitted:
         raise UsageError(
@@ -367,18 +376,24 @@ def check_settings(settings: Settings, config: dict) -> Settings:
 
     shape = shape_of(config)
     multiple = 2 * shape.vae_spatial_factor  # a token covers 2 x 2 latent cells
-    rounded = {
-        "height": math.ceil(settings.height / multiple) * multiple,
-        "width": math.ceil(settings.width / multiple) * multiple,
-        "num_frames": math.ceil((settings.num_frames - 1) / 4) * 4 + 1,
-    }
-    for name, value in rounded.items():
-        if value != getattr(settings, name):
-            rule = "4n+1" if name == "num_frames" else f"a multiple of {multiple}"
-            logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
-    settings = dataclasses.replace(settings, **rounded)
+    settings = round_sizes(settings, multiple, frame_step=4)
     check_split(settings, shape)
     return settings
+
+
+def round_sizes(settings: Kind, multiple: int, frame_step: int | None) -> Kind:
+    """Height and width rounded up to a multiple, and frames to n·frame_step + 1 (None: a picture), with a message."""
+    rules = {
+        name: (math.ceil(getattr(settings, name) / multiple) * multiple, f"a multiple of {multiple}")
+        for name in ("height", "width")
+    }
+    if frame_step is not None:
+        frames = math.ceil((settings.num_frames - 1) / frame_step) * frame_step + 1
+        rules["num_frames"] = (frames, f"{frame_step}n+1")
+    for name, (value, rule) in rules.items():
+        if value != getattr(settings, name):
+            logger.warning("--%s %d becomes %d: the model makes %s", name, getattr(settings, name), value, rule)
+    return dataclasses.replace(settings, **{name: value for name, (value, _) in rules.items()})
 
 
 REFERENCE_TOKENS = 32 * 32  # of a 512 x 512 photo

@@ -238,14 +238,12 @@ class VideoWriter:
             if self._ffmpeg.wait() != 0:
                 raise self._ffmpeg_error()
         whole = self.part if self.audio_path is None else self._add_sound()
-        sync(whole)
+        files = [(whole, self.path)]
         if self.metadata_json is not None:
             pretty = to_json(json.loads(self.metadata_json), indent=2) + b"\n"
             self.sidecar_part.write_bytes(pretty)
-            sync(self.sidecar_part)
-            os.replace(self.sidecar_part, self.sidecar)
-        os.replace(whole, self.path)  # last: where the video is, all is
-        sync(self.path.parent)
+            files.insert(0, (self.sidecar_part, self.sidecar))
+        put_in_place(*files)
 
     def _add_sound(self) -> Path:
         """Join picture and sound, now that the length is known. (-shortest in one go misses by up to seconds.)"""
@@ -315,6 +313,15 @@ def frames_to_uint8(frames) -> np.ndarray:
         logger.warning("the model produced NaN pixels; they are written as black")
         frames = np.nan_to_num(frames, nan=-1.0)
     return np.rint((frames.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+
+
+def put_in_place(*files: tuple[Path, Path]):
+    """Give finished files their names, (written, place) each; the output comes last: where it is, all is."""
+    for written, _ in files:
+        sync(written)
+    for written, place in files:
+        os.replace(written, place)
+    sync(place.parent)
 
 
 def sync(path: Path):
@@ -494,9 +501,7 @@ def add_metadata(path: Path, further: dict) -> None:
                 f"{path}: its record cannot be written: {reasons(result.stderr, 'no reason given')[-1]}"
             )
         sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
-        for written, place in ((sidecar_part, sidecar_path(path)), (part, path)):
-            sync(written)
-            os.replace(written, place)
+        put_in_place((sidecar_part, sidecar_path(path)), (part, path))
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:

@@ -4,54 +4,18 @@ pytest tests/test_goldens.py                          the copies under tests/gol
 pytest tests/test_goldens.py --goldens DIR -k wan-    any other folder of cases
 """
 
+import importlib
+import pkgutil
+
 import pytest
 
-from tests.golden_checks import (
-    GoldenCase,
-    audio,
-    audio_adapter,
-    audio_avatar,
-    consis_id,
-    control,
-    dit,
-    encoders,
-    face,
-    face_swap,
-    instant_id,
-    long_video,
-    lora,
-    pipelines,
-    read_kind,
-    schedulers,
-    stand_in,
-    talk_dance,
-    vace,
-    vae,
-)
+from tests import golden_checks
+from tests.golden_checks import GoldenCase, read_kind
 
 CHECKS = {
     kind: check
-    for module in (
-        audio,
-        audio_adapter,
-        audio_avatar,
-        consis_id,
-        control,
-        dit,
-        encoders,
-        face,
-        face_swap,
-        instant_id,
-        long_video,
-        lora,
-        pipelines,
-        schedulers,
-        stand_in,
-        talk_dance,
-        vace,
-        vae,
-    )
-    for kind, check in module.CHECKS.items()
+    for file in pkgutil.iter_modules(golden_checks.__path__)
+    for kind, check in importlib.import_module(f"tests.golden_checks.{file.name}").CHECKS.items()
 }
 
 # Kinds whose feature is not in the toolkit yet. They are reported as skipped by name, never as passed.
