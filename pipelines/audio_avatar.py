@@ -38,6 +38,7 @@ from pipelines.memory import stage
 from pipelines.text_to_video import ProgressBar, VideoMaker
 from pipelines.video_file import readable_bytes
 from pipelines.wan import Wan
+from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
 from preprocess.image import read_image
 
@@ -63,6 +64,16 @@ class AvatarWan(Wan):
     @property
     def audio_encoder_path(self) -> Path:
         return Path(self.settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
+
+    def _transformer_files(self) -> list[WeightsFile]:
+        return [WeightsFile("transformer", "--transformer_path", self.transformer_path(0), self.config["name"])]
+
+    def weights(self) -> list[WeightsFile]:
+        files = super().weights()
+        if not self.is_tiny:
+            path = self.audio_encoder_path
+            files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER))
+        return files
 
     def check_files(self) -> None:
         if self.is_tiny:

@@ -24,6 +24,7 @@ from pipelines.jobs import Job
 from pipelines.long_video import Existing, LongVideoMaker
 from pipelines.settings import Settings
 from pipelines.wan import Wan
+from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness, read_audio
 
 LAYERS, AUDIO_ENCODER = "multitalk", "chinese-wav2vec2-base"  # their configs
@@ -45,6 +46,13 @@ class TalkWan(Wan):
         if given is not None:
             return Path(given)
         return None if self.is_tiny else part_path(load_config(config), part)
+
+    def weights(self) -> list[WeightsFile]:
+        parts = (
+            ("MultiTalk", "--multitalk_path", self.multitalk_path, LAYERS),
+            ("wav2vec2", "--audio_encoder_path", self.audio_encoder_path, AUDIO_ENCODER),
+        )
+        return super().weights() + [WeightsFile(*part) for part in parts if part[2] is not None]
 
     def check_files(self) -> None:
         super().check_files()

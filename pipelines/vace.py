@@ -16,7 +16,7 @@ from torch import Tensor
 from configs import load_config
 from errors import WeightsError
 from models.vace import VaceBranch, load_vace
-from models.wan.checkpoint import fingerprint
+from models.wan.checkpoint import fingerprint, weight_files
 from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.control_video import VaceSettings, Window, plan_windows, read_mask, spread_frames
@@ -36,6 +36,7 @@ from pipelines.vace_context import (
 )
 from pipelines.video_file import VideoWriter
 from pipelines.wan import Wan
+from pipelines.weights import WeightsFile
 from preprocess.image import read_image
 from preprocess.video import probe, stream_frames
 
@@ -117,6 +118,19 @@ class VaceWan(Wan):
 
     def transformer_path(self, expert: int) -> Path:
         return self.vace_path
+
+    def _transformer_files(self) -> list[WeightsFile]:
+        """One file holds both, or VACE's the branch alone; then the base transformer is another."""
+        files = [WeightsFile("VACE", "--vace_path", self.vace_path, self.base["name"])]
+        if self.settings.base_path is not None:
+            with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
+                weight_files(self.base_path)
+                files.append(WeightsFile("transformer", "--base_path", self.base_path, self.base["name"]))
+        return files
+
+    @property
+    def encodes_pictures(self) -> bool:
+        return True
 
     def fingerprints(self) -> dict[str, str]:
         files = super().fingerprints()

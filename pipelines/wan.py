@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +15,18 @@ from configs import download_command
 from errors import UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
-from models.wan.checkpoint import fingerprint, load_transformer
+from models.wan import image_encoder, text_encoder, vae
+from models.wan.checkpoint import fingerprint, load_transformer, part_of_release
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
-from models.wan.text_encoder import TextEncoder, load_text_encoder
+from models.wan.text_encoder import TextEncoder, find_tokenizer, load_text_encoder
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
 from pipelines.distributed import Processes, split_sequence
 from pipelines.memory import check_memory, estimate_device_bytes, free_cached, offload_groups
-from pipelines.settings import Settings
+from pipelines.settings import Settings, family_of
+from pipelines.weights import WeightsFile
 
 logger = logging.getLogger("selfsame")
 
@@ -32,6 +34,21 @@ diffusers_logging.set_verbosity_error()  # its notes on experimental features ar
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXPERTS = ("high", "low")
+
+
+def found_or(place: Path, find: Callable[..., Path], *args: object) -> Path:
+    """What `find` finds; `place` where there is nothing, which its reader then says."""
+    try:
+        return find(*args)
+    except WeightsError:
+        return place
+
+
+def tokenizer_file(weights: Path) -> Path:
+    """The file that decides what the tokenizer beside these weights does."""
+    beside = weights if weights.is_dir() else weights.parent
+    folder = found_or(beside / "google/umt5-xxl", find_tokenizer, weights)
+    return next((folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()), folder)
 
 
 class Wan:
@@ -91,9 +108,13 @@ class Wan:
             return self.base_path
         return self.base_path / self.config["experts"][EXPERTS[expert]]
 
+    @property
+    def stand_in_place(self) -> Path:
+        return Path(self.settings.stand_in_path or Path("checkpoints") / self.config.get("dest", ""))
+
     def stand_in_path(self, expert: int) -> Path:
         """The identity's file: as given, or found by any of its released and converted names."""
-        place = Path(self.settings.stand_in_path or Path("checkpoints") / self.config["dest"])
+        place = self.stand_in_place
         if place.is_file():
             if self.num_experts > 1:
                 raise UsageError(f"--stand_in_path {place}: Wan2.2 needs two files; give the folder that holds both")
@@ -108,6 +129,56 @@ class Wan:
             wanted = " ".join(("Stand-In", *versions))
             raise WeightsError(f"{place}: no {wanted} weights there; {self.hint(self.config)}")
         return found[0]
+
+    def weights(self) -> list[WeightsFile]:
+        """What this run reads, each part once, found or not. Of the tiny model these are LoRAs alone; classes with
+        further parts add theirs.
+        """
+        return [*([] if self.is_tiny else self._model_files()), *self._lora_files()]
+
+    def _model_files(self) -> list[WeightsFile]:
+        download = self.base["name"] if "dest" in self.base else None
+        text = self._part(self.settings.text_encoder_path, text_encoder.PLACE)
+        files = [
+            *self._transformer_files(),
+            WeightsFile("umT5", "--text_encoder_path", text, download),
+            WeightsFile("tokenizer", "--text_encoder_path", tokenizer_file(text), download),
+        ]
+        if self.transformer_config.image_dim is not None:
+            path = self._part(self.settings.image_encoder_path, image_encoder.PLACE)
+            files.append(WeightsFile("CLIP", "--image_encoder_path", path, download))
+        path = self._part(self.settings.vae_path, vae.PLACE)
+        files.append(WeightsFile("VAE", "--vae_path", path, download, until_denoised=self.encodes_pictures))
+        for expert in range(self.num_experts) if self.settings.stand_in_photos else ():
+            name = "Stand-In" if self.num_experts == 1 else f"Stand-In ({EXPERTS[expert]} noise)"
+            path = found_or(self.stand_in_place, self.stand_in_path, expert)
+            files.append(WeightsFile(name, "--stand_in_path", path, self.config["name"]))
+        return files
+
+    def _transformer_files(self) -> list[WeightsFile]:
+        download = self.base["name"] if "dest" in self.base else None
+        names = ["transformer"] if self.num_experts == 1 else [f"{noise}-noise transformer" for noise in EXPERTS]
+        return [
+            WeightsFile(name, "--base_path", self.transformer_path(expert), download)
+            for expert, name in enumerate(names)
+        ]
+
+    def _lora_files(self) -> list[WeightsFile]:
+        of_experts = self.settings.lora_files(self.num_experts) if hasattr(self.settings, "lora_files") else ()
+        paths = dict.fromkeys(path for files in of_experts for path, _ in files)
+        return [WeightsFile("LoRA", "--lora_path", Path(path)) for path in paths]
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """Whether the VAE is used before denoising, too."""
+        settings = self.settings
+        starts_from_one = getattr(settings, "image", None) or getattr(settings, "first_frame", None)
+        return bool(settings.stand_in_photos or starts_from_one) or family_of(self.config) not in ("t2v", "ti2v")
+
+    def _part(self, given: str | None, place: tuple[str, str]) -> Path:
+        """A part that is named by its flag, or lies beside the transformer."""
+        path = Path(given or self.base_path)
+        return found_or(path, part_of_release, path, *place)
 
     def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
         """Look for what would end the run later, before anything loads.

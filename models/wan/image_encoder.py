@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, part_of_release, read_tensors
 
+PLACE = ("image_encoder", "models_clip*")  # in a Diffusers repository, and in an original one
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_DIM = 80  # of ViT-H/14: 1280 over 16 heads; a checkpoint holds no trace of the number of heads
@@ -168,7 +169,7 @@ def load_image_encoder(
     Raises:
         WeightsError: missing, unreadable, several candidates, or not CLIP.
     """
-    weights = part_of_release(path, "image_encoder", "models_clip*")
+    weights = part_of_release(path, *PLACE)
     return image_encoder_from_tensors(
         read_tensors(weights, hint=hint), dtype=dtype, device=device, num_heads=num_heads, source=weights
     )

@@ -21,6 +21,7 @@ from models.wan.checkpoint import assign_tensors, convert_names, part_of_release
 
 logger = logging.getLogger("selfsame")
 
+PLACE = ("text_encoder", "models_t5*")  # in a Diffusers repository, and in an original one
 MAX_TOKENS = 512  # the transformer's text length, the closing </s> included
 
 # Original name -> transformers' name, in whole path components; blocks are `blocks.N` -> `block.N`.
@@ -173,7 +174,7 @@ def load_text_encoder(
     Raises:
         WeightsError: missing, unreadable, several candidates, or not umT5.
     """
-    weights = part_of_release(path, "text_encoder", "models_t5*")
+    weights = part_of_release(path, *PLACE)
     tokenizer = load_tokenizer(Path(tokenizer_path) if tokenizer_path else find_tokenizer(weights, hint), hint)
     return text_encoder_from_tensors(
         read_tensors(weights, hint=hint), tokenizer, dtype=dtype, device=device, source=weights

@@ -49,6 +49,7 @@ LATENTS_STD = {
 }
 # fmt: on
 
+PLACE = ("vae", "*_VAE.*")  # in a Diffusers repository, and in an original one
 _DECODER_RESNET = r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight$"
 
 
@@ -483,7 +484,7 @@ def load_vae(
     Raises:
         WeightsError: missing, unreadable, several candidates, or not a Wan VAE.
     """
-    weights = part_of_release(path, "vae", "*_VAE.*")
+    weights = part_of_release(path, *PLACE)
     config = _autoencoder_config(weights / "config.json")
     return vae_from_tensors(read_tensors(weights, hint=hint), dtype=dtype, device=device, config=config, source=weights)
 
