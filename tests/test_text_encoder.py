@@ -1,10 +1,13 @@
 """umT5 on a tiny network with a word tokenizer: cleaning, cutting, and every layout."""
 
+import io
+import json
 import logging
 
 import pytest
+import sentencepiece
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -13,7 +16,9 @@ from models.wan.text_encoder import (
     clean_prompt,
     detect_text_config,
     load_text_encoder,
+    load_tokenizer,
     text_encoder_from_tensors,
+    tokenizer_from_sentencepiece,
     transformers_key,
 )
 from tests.conftest import GOLDENS
@@ -109,6 +114,98 @@ def test_every_layout_loads_alike(tmp_path, weights, tokenizer, encoder):
         assert torch.equal(loaded.encode_prompts([prompt])[0], expected), path
     explicit = load_text_encoder(folder / "text_encoder", folder / "tokenizer")
     assert explicit.encode_prompts([prompt])[0].dtype == torch.bfloat16
+
+
+# Ordinary text, emoji (also joined ones), rare glyphs, Chinese, letters that are normalised, and nothing.
+TEXTS = ["a person walks", "a person 🙂 walks", "👩‍👩‍👧 ☃☃ 龘", "一个人在海边走", "ﬁne ½ Ａ１ ¨ e\u0301", ""]
+
+
+@pytest.fixture(scope="module")
+def spiece():
+    """A small SentencePiece model of umT5's kind: the four special pieces in its order, then 256 bytes."""
+    text = ["a person walks on the beach slowly", "the quick brown fox jumps over the dog", "一个人在海边走"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=320, hard_vocab_limit=False, byte_fallback=True,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ids(spiece):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    assert processor.unk_id() == 3 and processor.id_to_piece(4) == "<0x00>" and processor.id_to_piece(259) == "<0xFF>"
+    ids = [processor.encode(text, add_eos=True) for text in TEXTS]
+    assert [4 + byte for byte in "🙂".encode()] == ids[1][-11:-7], "what the vocabulary lacks is spelled in bytes"
+    return ids
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_tokenizer_json_is_taken_as_it_is(tmp_path, spiece, ids, byte_fallback):
+    """The released files name `T5Tokenizer`, of which transformers 5 makes one with <unk> 2 and without bytes."""
+    backend = tokenizer_from_sentencepiece(spiece)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (content["model"]["unk_id"], content["model"]["byte_fallback"]) == (3, True)
+    content["model"]["byte_fallback"] = byte_fallback
+    content["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **special}), encoding="utf-8"
+    )
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 3)
+    found = [tokenizer(text).input_ids for text in TEXTS]
+    if byte_fallback:
+        assert found == ids
+    else:
+        assert found[0] == ids[0] and found[1].count(3) == 1 and 2 not in sum(found, [])
+
+
+def test_sentencepiece_models_give_their_own_ids(tmp_path, spiece, ids):
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    for path in (tmp_path, tmp_path / "spiece.model"):
+        tokenizer = load_tokenizer(path)
+        assert [tokenizer(text).input_ids for text in TEXTS] == ids
+        assert tokenizer.decode(ids[2], skip_special_tokens=True) == TEXTS[2]
+
+
+def test_comfyui_file_brings_its_tokenizer(tmp_path, weights, spiece, ids):
+    """umt5_xxl_fp16.safetensors: transformers' names, and the SentencePiece model as a tensor of bytes."""
+    names = {f"encoder.{transformers_key(key)}": tensor.contiguous() for key, tensor in weights.items()}
+    names["shared.weight"] = names.pop("encoder.embed_tokens.weight")
+    table = names["shared.weight"]
+    names["shared.weight"] = torch.cat([table, table, table])[: 4 + 256 + 100]  # as many rows as there are pieces
+    file = tmp_path / "umt5_xxl_fp16.safetensors"
+    save_file(names | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}, file)
+    encoder = load_text_encoder(file, dtype=torch.float32)
+    assert [encoder.tokenize(text) for text in TEXTS[:4]] == ids[:4]
+    assert encoder.encode_prompts(TEXTS[1:2])[0].shape == (len(ids[1]), encoder.dim)
+    expected = text_encoder_from_tensors(names, dtype=torch.float32)(torch.tensor([ids[1]]))[0]
+    assert torch.equal(encoder.encode_prompts(TEXTS[1:2])[0], expected)
+
+    save_file(names | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, file)
+    with pytest.raises(WeightsError, match=r"spiece_model of .*fp16.safetensors: not a tokenizer of umT5"):
+        load_text_encoder(file)
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    given = load_text_encoder(file, tmp_path / "spiece.model", dtype=torch.float32)
+    assert given.tokenize(TEXTS[3]) == ids[3], "a tokenizer that is named takes the place of the file's"
+
+
+def test_tokenizer_of_another_model(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}), encoding="utf-8")
+    with pytest.raises(WeightsError, match="does not close a prompt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(WeightsError, match="not a tokenizer of umT5"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(WeightsError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
 
 
 def test_bfloat16_is_close(weights, tokenizer, encoder):

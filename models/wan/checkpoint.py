@@ -12,6 +12,7 @@ prefixed keys, Diffusers' names, fp8 with scales.
 import hashlib
 import json
 import logging
+import math
 import pickle
 import re
 import struct
@@ -154,32 +155,97 @@ def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor
     if start.startswith(b"GGUF"):
         raise WeightsError(f"{file}: GGUF weights are not supported; use safetensors")
     if file.suffix == ".safetensors" or start[8:9] == b"{":
-        _check_safetensors(file, hint)
-        return safetensors.torch.load_file(file)
+        safetensors_header(file, hint)
+        try:
+            return safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise WeightsError(_with_hint(f"{file}: damaged ({error})", hint)) from error
     return _unwrap(_torch_load(file, hint), file, nested)
 
 
-def _check_safetensors(file: Path, hint: str) -> None:
-    """Compare the size the header promises with the size on disk.
+# Name -> bytes an element takes, of the types that torch knows.
+_DTYPES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 
-    Format: 8 bytes little-endian header length, JSON header with `data_offsets`, then the data.
+
+def safetensors_header(file: str | Path, hint: str = "") -> dict[str, dict]:
+    """The header of a safetensors file without its metadata: name -> {"dtype", "shape", "data_offsets"}, each checked.
+
+    Format: 8 bytes little-endian header length, JSON header, then the tensors' bytes, without gap or overlap.
+
+    Raises:
+        WeightsError: truncated or damaged; one line that says where.
     """
+    file = Path(file)
     found = file.stat().st_size
     with open(file, "rb") as stream:
         length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
+        if length > _MAX_HEADER:
+            raise WeightsError(_with_hint(f"{file}: damaged, its header would take {length} bytes", hint))
         if length > found - 8:
             raise WeightsError(
                 _with_hint(f"{file}: truncated, its header alone needs {length + 8} bytes, found {found}", hint)
             )
         try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(_with_hint(f"{file}: damaged safetensors header ({error!r})", hint)) from error
-    expected = 8 + length + max(ends, default=0)
-    if found != expected:
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_without_doubles)
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                _check_entry(name, entry)
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(_with_hint(f"{file}: damaged safetensors header ({error})", hint)) from error
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, next_end = entry["data_offsets"]
+        if begin != end:
+            fault = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes before it unused"
+            raise WeightsError(_with_hint(f"{file}: damaged safetensors header ({name[:80]!r} {fault})", hint))
+        end = next_end
+    if found != (expected := 8 + length + end):
         state = "truncated" if found < expected else "damaged"
         raise WeightsError(_with_hint(f"{file}: {state}, expected {expected} bytes, found {found}", hint))
+    return header
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} is in it twice")
+    return content
+
+
+def _check_entry(name: str, entry: object) -> None:
+    """One tensor's entry in a header.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    name = repr(name[:80])
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name} is not dtype, shape and data_offsets")
+    if not isinstance(dtype := entry["dtype"], str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} is of type {str(dtype)[:40]!r}, which is none of {', '.join(_DTYPES)}")
+    for field in ("shape", "data_offsets"):
+        numbers = entry[field]
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"{field} of {name} is {str(numbers)[:80]}, no list of natural numbers")
+    if len(entry["shape"]) > 64:
+        raise ValueError(f"{name} has {len(entry['shape'])} dimensions")
+    if len(offsets := entry["data_offsets"]) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"data_offsets of {name} are {str(offsets)[:80]}, no begin and end")
+    needed = math.prod(entry["shape"]) * _DTYPES[dtype]
+    if offsets[1] - offsets[0] != needed:
+        raise ValueError(
+            f"{name} of type {dtype} and shape {str(entry['shape'])[:80]} takes {needed} bytes, its data_offsets "
+            f"{offsets} hold {offsets[1] - offsets[0]}"
+        )
 
 
 def _torch_load(file: Path, hint: str) -> object:

@@ -1,9 +1,9 @@
 """The text encoder: prompt -> umT5 hidden states, (tokens, 4096) each.
 
-The network is transformers' UMT5 stack; this file loads the original file (`models_t5_umt5-xxl-enc-bf16.pth`) or a
-Diffusers folder into it, and cleans and cuts prompts as the transformer was trained with.
+The network is transformers' UMT5 stack; this file loads the original file (`models_t5_umt5-xxl-enc-bf16.pth`), a
+Diffusers folder or ComfyUI's single file into it, and cleans and cuts prompts as the transformer was trained with.
 
-Source: Wan2.1 `wan/modules/t5.py`, `wan/modules/tokenizers.py`.
+Source: Wan2.1 `wan/modules/t5.py`, `wan/modules/tokenizers.py`; ComfyUI `comfy/text_encoders/spiece_tokenizer.py`.
 """
 
 import html
@@ -13,16 +13,29 @@ from pathlib import Path
 
 import ftfy
 import torch
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from errors import WeightsError
-from models.wan.checkpoint import assign_tensors, convert_names, part_of_release, read_tensors, split_scales
+from models.wan.checkpoint import (
+    assign_tensors,
+    convert_names,
+    part_of_release,
+    read_tensors,
+    safetensors_header,
+    split_scales,
+)
 
 logger = logging.getLogger("selfsame")
 
 PLACE = ("text_encoder", "models_t5*")  # in a Diffusers repository, and in an original one
 MAX_TOKENS = 512  # the transformer's text length, the closing </s> included
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # of a tokenizer's folder; the first one there is read
+SPIECE_KEY = "spiece_model"  # ComfyUI's files bring their tokenizer as a tensor of bytes
 
 # Original name -> transformers' name, in whole path components; blocks are `blocks.N` -> `block.N`.
 _OUTSIDE_BLOCKS = {"token_embedding": "embed_tokens", "norm": "final_layer_norm"}
@@ -139,7 +152,7 @@ def text_encoder_from_tensors(
     Raises:
         WeightsError: not the weights of a umT5 encoder; `source` names them.
     """
-    tensors, scales = split_scales(tensors)
+    tensors, scales = split_scales({key: tensor for key, tensor in tensors.items() if key != SPIECE_KEY})
     if "shared.weight" in tensors:  # the same table is also stored as encoder.embed_tokens
         tensors = {key: tensor for key, tensor in tensors.items() if key != "encoder.embed_tokens.weight"}
     tensors = convert_names(tensors, transformers_key)
@@ -166,7 +179,8 @@ def load_text_encoder(
 
     Args:
         path: a weights file; a Diffusers repository or its `text_encoder` folder; or an original repository.
-        tokenizer_path: default: `google/umt5-xxl` or `tokenizer`, beside the weights or one folder above.
+        tokenizer_path: `load_tokenizer`. Default: the one within the weights; or `google/umt5-xxl` or `tokenizer`,
+            beside the weights or one folder above.
         dtype: of the weights and activations; the release is bfloat16.
         device: None leaves the weights mapped from disk where they need no cast.
         hint: what to do about missing files; ends the message.
@@ -175,33 +189,101 @@ def load_text_encoder(
         WeightsError: missing, unreadable, several candidates, or not umT5.
     """
     weights = part_of_release(path, *PLACE)
-    tokenizer = load_tokenizer(Path(tokenizer_path) if tokenizer_path else find_tokenizer(weights, hint), hint)
-    return text_encoder_from_tensors(
-        read_tensors(weights, hint=hint), tokenizer, dtype=dtype, device=device, source=weights
-    )
+    tensors = read_tensors(weights, hint=hint)
+    if tokenizer_path is None and SPIECE_KEY in tensors:
+        tokenizer = parse_tokenizer(tensors[SPIECE_KEY].numpy().tobytes(), f"{SPIECE_KEY} of {weights}", hint)
+    else:
+        tokenizer = load_tokenizer(Path(tokenizer_path) if tokenizer_path else find_tokenizer(weights, hint), hint)
+    return text_encoder_from_tensors(tensors, tokenizer, dtype=dtype, device=device, source=weights)
 
 
 def find_tokenizer(weights: Path, hint: str = "") -> Path:
-    """The tokenizer folder that belongs to a weights file or folder.
+    """The tokenizer that belongs to a weights file or folder: a folder, or the file itself where it holds its own.
 
     Raises:
         WeightsError: there is none in the places where releases have it.
     """
+    if weights.suffix == ".safetensors" and weights.is_file() and SPIECE_KEY in safetensors_header(weights, hint):
+        return weights
     folders = [weights, weights.parent] if weights.is_dir() else [weights.parent]
     places = [folder / name for folder in folders for name in ("google/umt5-xxl", "tokenizer")]
     for place in places:
         if place.is_dir():
             return place
     looked = " or ".join(str(place) for place in places)
-    raise WeightsError(f"{weights}: no tokenizer beside it (looked for {looked}){hint and f'; {hint}'}")
+    advice = f"name one by --tokenizer_path{hint and f', or {hint}'}"
+    raise WeightsError(f"{weights}: no tokenizer beside it (looked for {looked}); {advice}")
 
 
-def load_tokenizer(folder: Path, hint: str = "") -> PreTrainedTokenizerBase:
-    """Read a tokenizer from a local folder; nothing is fetched, and no code of the folder is run."""
-    if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such tokenizer folder{hint and f'; {hint}'}")
+def load_tokenizer(path: Path, hint: str = "") -> PreTrainedTokenizerBase:
+    """Read a tokenizer: `tokenizer.json`, `spiece.model`, or a folder with one of them. Nothing is fetched.
+
+    The file is taken as it is. transformers 5 would build a `T5Tokenizer`, which the released tokenizer_config.json
+    names, anew from its vocabulary, with T5's <unk> (2) and without byte pieces; umT5 has <unk> 3 and 256 of them.
+
+    Raises:
+        WeightsError: missing, damaged, or another tokenizer.
+    """
+    if not path.exists():
+        raise WeightsError(f"{path}: no such tokenizer{hint and f'; {hint}'}")
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+        if file is None:
+            raise WeightsError(f"{path}: not a tokenizer (no {' or '.join(TOKENIZER_FILES)}){hint and f'; {hint}'}")
+    return parse_tokenizer(file.read_bytes(), file, hint)
+
+
+def parse_tokenizer(content: bytes, source: str | Path, hint: str = "") -> PreTrainedTokenizerBase:
+    """A tokenizer.json, or a SentencePiece model, with the special tokens of umT5.
+
+    Raises:
+        WeightsError: neither, or it lacks those tokens, or does not close a text; `source` names it.
+    """
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        is_json = content.lstrip()[:1] == b"{"
+        backend = Tokenizer.from_str(content.decode("utf-8")) if is_json else tokenizer_from_sentencepiece(content)
+        backend.no_truncation()
+        backend.no_padding()
+        if missing := [token for token in special.values() if backend.token_to_id(token) is None]:
+            raise ValueError(f"without {', '.join(missing)}")
+        if backend.encode("").ids != [backend.token_to_id("</s>")]:
+            raise ValueError("it does not close a prompt by </s>")
+    except Exception as error:  # the tokenizers library raises no narrower class
         reason = str(error).partition("\n")[0]
-        raise WeightsError(f"{folder}: not a tokenizer ({reason}){hint and f'; {hint}'}") from error
+        raise WeightsError(f"{source}: not a tokenizer of umT5 ({reason}){hint and f'; {hint}'}") from error
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=MAX_TOKENS, **special)
+
+
+def tokenizer_from_sentencepiece(model: bytes) -> Tokenizer:
+    """A SentencePiece unigram model as a tokenizer of the tokenizers library, closed by </s>.
+
+    Raises:
+        ValueError: other bytes, or another kind of model.
+    """
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError("no SentencePiece model") from error
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    ids = {piece: index for index, (piece, _) in enumerate(pieces)}
+    trainer = proto.trainer_spec
+    if trainer.model_type != trainer.UNIGRAM or "</s>" not in ids:
+        raise ValueError(f"a SentencePiece model of kind {trainer.model_type} with {len(pieces)} pieces")
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            *([normalizers.Precompiled(charsmap)] if charsmap else []),
+            normalizers.Strip(),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    # Not split at spaces: SentencePiece finds the best pieces of the whole text.
+    metaspace = {"prepend_scheme": "always", "split": False}
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**metaspace)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**metaspace)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", ids["</s>"])])
+    return tokenizer
