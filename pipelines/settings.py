@@ -95,6 +95,7 @@ class Settings(LikenessSettings):
     base_path: str | None = None
     vae_path: str | None = None
     text_encoder_path: str | None = None
+    tokenizer_path: str | None = None
     image_encoder_path: str | None = None
     stand_in_path: str | None = None
     antelopv2_path: str | None = None

@@ -19,7 +19,7 @@ from models.wan import image_encoder, text_encoder, vae
 from models.wan.checkpoint import fingerprint, load_transformer, part_of_release
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
-from models.wan.text_encoder import TextEncoder, find_tokenizer, load_text_encoder
+from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer, load_text_encoder
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
@@ -42,13 +42,6 @@ def found_or(place: Path, find: Callable[..., Path], *args: object) -> Path:
         return find(*args)
     except WeightsError:
         return place
-
-
-def tokenizer_file(weights: Path) -> Path:
-    """The file that decides what the tokenizer beside these weights does."""
-    beside = weights if weights.is_dir() else weights.parent
-    folder = found_or(beside / "google/umt5-xxl", find_tokenizer, weights)
-    return next((folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()), folder)
 
 
 class Wan:
@@ -142,7 +135,7 @@ class Wan:
         files = [
             *self._transformer_files(),
             WeightsFile("umT5", "--text_encoder_path", text, download),
-            WeightsFile("tokenizer", "--text_encoder_path", tokenizer_file(text), download),
+            WeightsFile("tokenizer", "--tokenizer_path", self._tokenizer_file(text), download),
         ]
         if self.transformer_config.image_dim is not None:
             path = self._part(self.settings.image_encoder_path, image_encoder.PLACE)
@@ -174,6 +167,13 @@ class Wan:
         settings = self.settings
         starts_from_one = getattr(settings, "image", None) or getattr(settings, "first_frame", None)
         return bool(settings.stand_in_photos or starts_from_one) or family_of(self.config) not in ("t2v", "ti2v")
+
+    def _tokenizer_file(self, text_encoder: Path) -> Path:
+        """The file that decides what the tokenizer does: as given, or the one that belongs to the text encoder."""
+        beside = text_encoder if text_encoder.is_dir() else text_encoder.parent
+        given = self.settings.tokenizer_path
+        place = Path(given) if given else found_or(beside / "google/umt5-xxl", find_tokenizer, text_encoder)
+        return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), place)
 
     def _part(self, given: str | None, place: tuple[str, str]) -> Path:
         """A part that is named by its flag, or lies beside the transformer."""
@@ -245,7 +245,7 @@ class Wan:
         path = self.settings.text_encoder_path or self.base_path
         # fp32 weights would be 22 GB and are rounded from the released bfloat16 anyway; on a CPU bfloat16 is slow.
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        return load_text_encoder(path, dtype=dtype, hint=self.hint(self.base))
+        return load_text_encoder(path, self.settings.tokenizer_path, dtype=dtype, hint=self.hint(self.base))
 
     def encode_images(self, images: Sequence[Tensor], keep: bool = False) -> Tensor | None:
         """CLIP features (1, pictures · 257, 1280) of pictures (1, 3, H, W) in [-1, 1], on the CPU; None where the

@@ -346,6 +346,9 @@ def test_released_layout_equals_the_model_in_memory(tmp_path, reference):
     single = tmp_path / "t2v" / "diffusion_pytorch_model.safetensors"
     parts = ("--vae_path", elsewhere / "Wan2.1_VAE.pth", "--text_encoder_path", elsewhere, "--base_path", single)
     assert (make(tmp_path / "parts.mp4", *flags, stand_in, *parts) == reference).all()
+    (elsewhere / "google" / "umt5-xxl" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    parts += ("--tokenizer_path", tmp_path / "tokenizer.json")
+    assert (make(tmp_path / "named.mp4", *flags, stand_in, *parts) == reference).all()
     with pytest.raises(UserError, match="download_models.py") as error:
         make(tmp_path / "missing.mp4", *flags, stand_in)
     assert error.value.exit_code == 4

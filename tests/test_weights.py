@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 import infer
+import infer_audio_avatar
+import infer_face_swap
+import infer_long_video
+import infer_with_lora
 import infer_with_vace
 from pipelines.control_video import resolve_vace_settings
 from pipelines.distributed import start_processes
@@ -51,3 +57,16 @@ def test_vae_decides_until_denoised_only_where_it_encodes():
     files = VaceWan(settings, config, start_processes("cpu")).weights()
     assert [file.name for file in files] == ["VACE", "umT5", "tokenizer", "VAE"]
     assert files[-1].until_denoised
+
+
+@pytest.mark.parametrize(
+    "script", [infer, infer_with_lora, infer_face_swap, infer_with_vace, infer_audio_avatar, infer_long_video]
+)
+def test_every_script_takes_a_tokenizer(script):
+    assert script.parse_args(["--tokenizer_path", "there"]).tokenizer_path == "there"
+
+
+def test_a_tokenizer_that_is_named_is_the_one_that_is_read():
+    wan = make_wan("--config", "wan2.1-t2v-1.3B", "--tokenizer_path", "there")
+    (tokenizer,) = (file for file in wan.weights() if file.name == "tokenizer")
+    assert (tokenizer.path, tokenizer.flag) == (Path("there"), "--tokenizer_path")
