@@ -82,7 +82,8 @@ def prompt_lines(text: str) -> list[str]:
 def read_prompt_stream(path: str) -> list[str]:
     """The prompts of a long video, in every form of SVI's prompt files: `prompts = ["…", "…"]`, a bare list, or lines.
 
-    A list is read as a literal: what stands before it and after it is not executed, and said to be passed over.
+    A list is read as a literal, the last one where there are several: what stands around is not executed, and said to
+    be passed over.
 
     Raises:
         InputError: a file that cannot be read as text, an unfinished list, one of other things than strings, no prompt.
@@ -97,36 +98,111 @@ def read_prompt_stream(path: str) -> list[str]:
     return prompts
 
 
+# What sets or changes the list of a prompt file: at the beginning of a line, or after a semicolon.
+CHANGE = re.compile(
+    r"(?:^(?P<indent>[ \t]*)|;[ \t]*)prompts[ \t]*(?P<how>\+?=(?!=)|:[^=\n]*=|\.append(?=\()|\.extend(?=\())[ \t]*",
+    re.MULTILINE,
+)
+FIRST_CHANGE = re.compile(rf"(?:{CHANGE.pattern})(?=\[|\(\s*[\"'])", re.MULTILINE)
+ANY_LIST = re.compile(r"prompts = (?=\[)")  # where SVI looks for it, `my_prompts = […]` too
+BARE_LIST = re.compile(r"\s*(?=\[\s*(#.*\s*)*[\"'\]])")  # not: [cinematic] a man walks
+MOST_PROMPTS = 100_000  # of `["…"] * 10**9`
+
+
 def prompt_list(text: str, name: str) -> list[str] | None:
-    """The list of strings in a prompt file, or None where there is no list. `name` is for errors."""
-    if (assignment := re.search(r"^[ \t]*prompts[ \t]*=[ \t]*(?=\[)", text, re.MULTILINE)) is not None:
-        start = assignment.end()
-    elif (bare := re.match(r"\s*(?=\[\s*(#.*\s*)*[\"'\]])", text)) is not None:  # not: [cinematic] a man walks
-        start = bare.end()
-    else:
+    """The list of strings in a prompt file, or None where there is no list. `name` is for errors.
+
+    SVI runs the file. Here its changes of `prompts` by literals are read in order: the last assignment is what is
+    meant, and `+=`, `append` and `extend` add to it.
+    """
+    change = FIRST_CHANGE.search(text) or ANY_LIST.search(text) or BARE_LIST.match(text)
+    if change is None:
         return None
-    literal = leading_literal(text[start:])
-    try:
-        prompts = ast.literal_eval(literal)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        prompts = None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+    indent = change.groupdict().get("indent")
+    prompts, around, end = [], "", 0
+    while change is not None:
+        start, how = change.end(), change.groupdict().get("how", "=")
         line = text[:start].count("\n") + 1
-        raise InputError(
-            f'{name}: the list that begins in line {line} is not a list of strings; write ["first prompt", "second"]'
-        )
-    around = LINE_BREAK.split(text[: assignment.start()] if assignment else "")
-    around += LINE_BREAK.split(text[start + len(literal) :])
-    if passed_over := [line.strip() for line in around if line.strip() and not line.strip().startswith("#")]:
+        if change.groupdict().get("indent") not in (None, indent):
+            raise InputError(f"{name}: line {line} sets prompts within other code, which is not run; write one list")
+        length, value = read_literal(text[start:])
+        added = [value] if how == ".append" else value
+        if not isinstance(added, list) or not all(isinstance(prompt, str) for prompt in added):
+            raise InputError(
+                f'{name}: what begins in line {line} is not a list of strings; write ["first prompt", "second"]'
+            )
+        prompts = added if how.endswith("=") and how != "+=" else prompts + added
+        around += text[end : change.start()] + "\n"
+        end = start + length
+        change = CHANGE.search(text, end)
+    lines = [line.strip() for line in LINE_BREAK.split(around + text[end:])]
+    if passed_over := [line for line in lines if line and line[0] not in "#;"]:
         logger.warning("%s: not executed, only the list is read: %s", name, passed_over[0][:80])
     return prompts
 
 
-def leading_literal(text: str) -> str:
-    """The part of a text that begins with a bracket up to the bracket that closes it; all of it where none does."""
-    depth, starts = 0, [0]
+def read_literal(text: str) -> tuple[int, object]:
+    """The value that a text begins with, and its length: a whole statement, else a list before what is no Python.
+
+    The value is None where it is none of literals.
+    """
+    for part in (first_statement(text), leading_literal(text)):
+        try:
+            return len(part), evaluate(ast.parse(part.strip(), mode="eval").body)
+        except SyntaxError:
+            continue
+        except (ValueError, MemoryError, RecursionError):
+            return len(part), None
+    return len(text), None
+
+
+def evaluate(node: ast.expr) -> str | int | list:
+    """Literals, and what joins them: + and *, "a" "b", f"" without fields. A tuple is a list.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match node:
+        case ast.Constant(value=str() | int()):
+            return node.value
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [evaluate(element) for element in elements]
+        case ast.JoinedStr(values=values):
+            return "".join(evaluate(value) for value in values)
+        case ast.BinOp(op=ast.Add()):
+            left, right = evaluate(node.left), evaluate(node.right)
+            if type(left) is type(right):
+                return left + right
+        case ast.BinOp(op=ast.Mult()):
+            left, right = evaluate(node.left), evaluate(node.right)
+            if isinstance(right, int) and isinstance(left, str | list) and len(left) * right <= MOST_PROMPTS:
+                return left * right
+    raise ValueError(ast.dump(node)[:80])
+
+
+def first_statement(text: str) -> str:
+    """The part of a text up to the end of its first line, as Python counts lines: brackets go over several."""
+    depth, starts = 0, line_starts(text)
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
+            depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
+            if token.type == tokenize.NEWLINE or (token.string == ";" and depth == 0):
+                return text[: starts[token.start[0] - 1] + token.start[1]]
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return text
+
+
+def line_starts(text: str) -> list[int]:
+    starts = [0]
     for line in io.StringIO(text, newline=""):
         starts.append(starts[-1] + len(line))
+    return starts
+
+
+def leading_literal(text: str) -> str:
+    """The part of a text that begins with a bracket up to the bracket that closes it; all of it where none does."""
+    depth, starts = 0, line_starts(text)
     try:
         for token in tokenize.generate_tokens(io.StringIO(text, newline="").readline):
             if token.type == tokenize.OP:

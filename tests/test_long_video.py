@@ -157,6 +157,28 @@ def test_every_form_of_prompt_file(tmp_path, text, encode):
     assert read_prompt_stream(str(file)) == STORY
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('prompts = ["old"]\nprompts = [\n  "a",\n  "b",\n]\n', ["a", "b"]),
+        ('# prompts = ["old"]\nprompts = ["a"]\n# prompts = ["new"]', ["a"]),
+        ('prompts = ["old"]; prompts = ["a"]; fps = 3', ["a"]),
+        ('prompts = ["""\nprompts = ["no"]"""]', ['\nprompts = ["no"]']),
+        ('prompts = ["a"]\nprompts += ["b", "c"]\nprompts.append("d")\nprompts.extend(["e"])', list("abcde")),
+        ('prompts = ["a"] + ["b" "c", "d" + "e"] * 2', ["a", "bc", "de", "bc", "de"]),
+        ('prompts: list[str] = ["a", f"b"]', ["a", "b"]),
+        ('prompts = ("a",\n "b")', ["a", "b"]),
+        ('prompts = ["old"]\nprompts = ("a", ("b"))', ["a", "b"]),
+        ('my_prompts = ["a", "b"]', ["a", "b"]),
+        ("prompts = (the crowd) a man walks\nhe stops", ["prompts = (the crowd) a man walks", "he stops"]),
+    ],
+)
+def test_a_file_means_what_its_prompts_are_at_its_end(tmp_path, text, prompts):
+    file = tmp_path / "prompt.txt"
+    file.write_text(text)
+    assert read_prompt_stream(str(file)) == prompts
+
+
 def test_long_prompt_file(tmp_path):
     file = tmp_path / "prompt.txt"
     for prompts in (["x" * 100_000, "y"], ["[" * 30_000, "]"], ["a"] * 20_000):
@@ -177,6 +199,10 @@ def test_long_prompt_file(tmp_path):
         "prompts = [open('executed', 'w')]",
         'prompts = [__import__("pathlib").Path("executed").touch()]',
         'prompts = [f"{open(1)}"]',
+        'prompts = ["a"]\nprompts = [open("executed", "w")]',
+        'prompts = ["a"]\nfor i in range(3):\n    prompts.append("b")',
+        'prompts = ["a"] * 10**9',
+        'prompts = [["a", "b"], ["c"]]',
         "prompts = " + "[" * 5000,
         "prompts = [" + "-" * 50_000 + "1]",
     ],

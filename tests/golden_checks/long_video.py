@@ -1,6 +1,7 @@
 """Golden kinds of SVI's long videos: plans, prompt files, sizes, conditions, sampling, chains, LoRA files."""
 
 import ast
+import builtins
 import json
 
 import numpy
@@ -23,7 +24,7 @@ from pipelines.clip_plan import (
 from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.long_video_settings import limit_width
-from preprocess.prompts import prompt_lines
+from preprocess.prompts import evaluate, prompt_lines
 from tests.golden_checks.dit import build_transformer, record_outputs
 from training.error_recycling import error_buckets, loss_weights
 
@@ -110,16 +111,35 @@ def check_assembly_v2(case) -> None:
 UPSTREAM_DEFAULT = ["Default prompt: the subject is moving naturally"]
 
 
+def run_assignments(text: str):
+    """What `prompts` is after the file ran, of the statements that prompt files have; else ValueError, SyntaxError."""
+    prompts, known = None, {"prompts", *dir(builtins)}
+    for statement in ast.parse(text).body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        if unknown := {node.id for node in names if isinstance(node.ctx, ast.Load)} - known:
+            raise ValueError(f"NameError: {unknown}")
+        known |= {node.id for node in names}
+        known |= {alias.asname or alias.name for alias in getattr(statement, "names", ()) if hasattr(alias, "asname")}
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="prompts")]) | ast.AnnAssign(target=ast.Name(id="prompts")):
+                prompts = evaluate(statement.value)
+            case ast.AugAssign(target=ast.Name(id="prompts"), op=ast.Add()):
+                prompts = prompts + evaluate(statement.value)
+            case ast.Expr(ast.Call(func=ast.Attribute(value=ast.Name(id="prompts"), attr=method), args=[value])):
+                prompts = prompts + ([evaluate(value)] if method == "append" else evaluate(value))
+            case ast.Expr(ast.List()) if prompts is None:
+                prompts = evaluate(statement.value)
+    return prompts
+
+
 def upstream_v1(text: str) -> list[str]:
     """What the loader of SVI 1.0 makes of a file, where it does not run its code. Ours takes more, and guesses less."""
     start = text.find("prompts = [")
-    if start < 0:
-        return prompt_lines(text) or UPSTREAM_DEFAULT
     try:
-        assignment = ast.parse(text[start:]).body[0]
-        return ast.literal_eval(assignment.value)
-    except (SyntaxError, ValueError):
-        return UPSTREAM_DEFAULT
+        prompts = prompt_lines(text) if start < 0 else run_assignments(text[start:].strip())
+    except (SyntaxError, ValueError, TypeError):
+        prompts = []
+    return prompts or UPSTREAM_DEFAULT
 
 
 def upstream_v2(text: str) -> list[str]:
@@ -131,7 +151,7 @@ def upstream_v2(text: str) -> list[str]:
 
 
 def check_prompt_stream(case) -> None:
-    """Both loaders' lists, and ours: the longer of the two wherever they read a file as it is meant."""
+    """Both loaders' lists, and ours: the same wherever one of them reads a file as it is meant."""
     from errors import InputError
     from preprocess.prompts import read_prompt_stream
 
@@ -142,17 +162,31 @@ def check_prompt_stream(case) -> None:
         text = file.read_text(encoding="utf-8") if file.exists() else None
         v1 = UPSTREAM_DEFAULT if text is None else upstream_v1(text)
         v2 = [] if text is None else upstream_v2(text)
-        assert (v1, v2) == (expected[key]["v1"], expected[key]["v2"]), key
+        # A tuple is a list in JSON.
+        assert json.loads(json.dumps([v1, v2])) == [expected[key]["v1"], expected[key]["v2"]], key
         counts["v1"].append(len(v1))
         counts["v2"].append(len(v2))
         try:
             ours = read_prompt_stream(str(file))
-        except InputError:
-            ours = UPSTREAM_DEFAULT  # where upstream goes on with a prompt nobody wrote, or with none
-        is_list_taken_for_a_line = len(v1) == 1 and "[" in v1[0]
-        assert ours == (v2 or ours if is_list_taken_for_a_line else v1), key
+        except InputError:  # where upstream goes on with a prompt nobody wrote, with none, or with what is none
+            assert v1 == UPSTREAM_DEFAULT or not all(isinstance(prompt, str) for prompt in v1), key
+            continue
+        if v1 == UPSTREAM_DEFAULT:  # it could not read the file
+            assert ours == (v2 or ours), key
+        elif "prompts = [" in text or not (meant := list_meant(text)):
+            assert ours == [prompt.removeprefix("\ufeff") for prompt in v1], key
+        else:  # it takes the lines of a list for prompts
+            assert ours == (v2 or meant), key
     for loader, lengths in counts.items():
         case.check(f"counts_{loader}", lengths)
+
+
+def list_meant(text: str) -> list[str] | None:
+    """Of a file that is Python as a whole, the list that it makes."""
+    try:
+        return run_assignments(text.removeprefix("\ufeff").strip())
+    except (SyntaxError, ValueError, TypeError):
+        return None
 
 
 def check_dimensions(case) -> None:

@@ -98,7 +98,7 @@ def check_forward_with(case, transformer, stand_in, control=(), before_control=l
         case.check(f"kv_cache.block{i}.k_ip", key.flatten(2))
         case.check(f"kv_cache.block{i}.v_ip", value.flatten(2))
 
-    for step in (0, 1):
+    for step in range(sum(name.startswith("timestep") for name in inputs)):
         positive = predict(step, "posi", [identity])
         case.check(f"step{step}.noise_pred_posi", positive)
         for i in range(len(transformer.blocks)):
@@ -106,9 +106,10 @@ def check_forward_with(case, transformer, stand_in, control=(), before_control=l
                 case.check(f"step{step}.posi.block{i}.x", before_control(i, recorded[f"block{i}"]))
         negative = predict(step, "nega", [identity])
         case.check(f"step{step}.noise_pred_nega", negative)
-        if f"step{step}.cfg5" in outputs:
-            branches = {POSITIVE: positive, NEGATIVE: negative}
-            case.check(f"step{step}.cfg5", two_branch(5.0)(branches.__getitem__))
+        branches = {POSITIVE: positive, NEGATIVE: negative}
+        for name in outputs:
+            if name.startswith(guided := f"step{step}.cfg"):
+                case.check(name, two_branch(float(name.removeprefix(guided)))(branches.__getitem__))
     assert torch.equal(plain, predict(0, "posi")), "an identity was left behind on the model"
 
 
