@@ -1,0 +1,66 @@
+"""What each memory mode takes at its peak, and what it costs in time."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks.sections.bench import Bench, Row
+from benchmarks.sections.models import (
+    Inputs,
+    call_bytes,
+    num_parameters,
+    num_tokens,
+    random_transformer,
+    step_needs,
+)
+from models.wan.config import WanConfig
+from pipelines.memory import MODES, offload_groups
+
+COPYING = 3e9  # bytes/s, from below, at which weights go to the host or come back
+
+
+def measure(bench: Bench) -> None:
+    """One step from weights that lie in host memory: seconds to set the mode up (for resident and model, to move all
+    weights), seconds a step, device memory at the peak of both.
+    """
+    for name, config in bench.sizes.transformers.items():
+        flops, whole = step_needs(bench, config, bench.sizes)
+        weights = 2 * num_parameters(config)
+        call = call_bytes(config, num_tokens(bench.sizes.latents, config))
+        for mode in (*MODES, "resident, fp8"):
+            streamed = mode in ("group", "sequential")
+            moved = weights * (2 + 2 * (bench.runs + 2) * streamed)
+            bench.free()
+            bench.attempt(
+                f"{name}, {mode}",
+                functools.partial(_row, bench, config, mode),
+                seconds=bench.expect(flops) + moved / COPYING,
+                # made on the device tensor by tensor; `group` holds what is outside the blocks and two of them
+                device=call + (weights // 8 if streamed else weights // 2 if "fp8" in mode else weights),
+                host=weights * (2 if mode == "group" else 1) if bench.on_gpu else 0,
+            )
+
+
+def _row(bench: Bench, config: WanConfig, mode: str) -> Row:
+    memory, fp8 = mode.removesuffix(", fp8"), mode.endswith("fp8")
+    transformer = random_transformer(config, bench.device, fp8=fp8, keep_on="cpu")
+    inputs = Inputs(bench, config, bench.sizes.latents)
+    prompt = inputs.prompt()
+
+    def place() -> None:
+        if memory in ("group", "sequential"):
+            offload_groups(transformer, bench.device, memory)
+        else:
+            transformer.to(bench.device)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        return transformer(inputs.latents, inputs.timestep, prompt)
+
+    bench.free()
+    bench.forget_peak()
+    placing, setting_up = bench.seconds(place), bench.peak()
+    seconds = bench.median(step)
+    peaks = {name: max(value, setting_up[name]) for name, value in bench.peak().items()}
+    return {"seconds to set up": placing, "seconds a step": seconds} | peaks

@@ -1,0 +1,98 @@
+"""One denoising step, ours and diffusers', by attention backend, compiled or not, in bf16 and with fp8 weights."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.sections.bench import Bench, Row
+from benchmarks.sections.models import (
+    BACKENDS,
+    Inputs,
+    diffusers_twin,
+    distance,
+    random_transformer,
+    step_needs,
+    unusable,
+)
+from models.wan.config import WanConfig
+
+THEIRS, OURS = "diffusers", "ours"
+COMPILING = 90.0  # seconds, at most, that compiling a block takes
+
+
+def measure(bench: Bench) -> None:
+    """A step is one forward pass, without guidance. The limit is the time of its FLOPs at the rate of the product."""
+    for name, config in bench.sizes.transformers.items():
+        bench.free()
+        _of_shape(bench, name, config)
+
+
+def _of_shape(bench: Bench, name: str, config: WanConfig) -> None:
+    sizes = bench.sizes
+    flops, needed = step_needs(bench, config, sizes)
+    time = bench.expect(flops)
+    bench.attempt(f"{name} bf16", lambda: _bf16(bench, name, config, flops, time), seconds=time, device=needed)
+    torch.compiler.reset()  # else the next shape would be compiled for any shape
+    bench.free()
+    flops, needed = step_needs(bench, config, sizes, fp8=True)
+
+    @torch.no_grad()
+    def fp8() -> Row:
+        model = random_transformer(config, bench.device, fp8=True)
+        inputs = Inputs(bench, config, sizes.latents)
+        prompt = inputs.prompt()
+        return _row(bench, flops, lambda: model(inputs.latents, inputs.timestep, prompt))
+
+    bench.attempt(f"{name} fp8 weights, {OURS}, native", fp8, seconds=time, device=needed)
+    bench.rows.append({"": f"{name} fp8 weights, compiled", "note": "skipped: --fp8 and --compile exclude each other"})
+
+
+@torch.no_grad()
+def _bf16(bench: Bench, name: str, config: WanConfig, flops: int, time: float) -> None:
+    ours = random_transformer(config, bench.device)
+    theirs = diffusers_twin(ours)
+    inputs = Inputs(bench, config, bench.sizes.latents)
+    prompt = inputs.prompt()
+
+    def our_step() -> torch.Tensor:
+        return ours(inputs.latents, inputs.timestep, prompt)
+
+    def their_step() -> torch.Tensor:
+        return inputs.theirs(theirs)
+
+    def row(step: Callable, peer: Row | None = None) -> Row:
+        return _row(bench, flops, step, peer)
+
+    peers = {}
+    found = {}
+    for backend in BACKENDS:
+        label = f"{name} bf16, %s, {BACKENDS[backend]}"
+        if reason := unusable(ours, backend):
+            bench.rows.append({"": label % OURS, "note": f"skipped: {reason}"})
+            continue
+        if backend == "native":
+            peers["eager"] = bench.attempt(label % THEIRS, lambda: row(their_step), seconds=time)
+            if peers["eager"]:  # the same weights, or the comparison means nothing
+                peers["eager"]["note"] = f"predictions differ by {distance(our_step(), their_step()):.2g} %"
+        found[backend] = bench.attempt(label % OURS, lambda: row(our_step, peers.get("eager")), seconds=time)
+
+    timed = {backend: made["seconds"] for backend, made in found.items() if made}
+    fastest = min(timed, key=timed.get, default="native")
+    label = f"{name} bf16, %s, {BACKENDS[fastest]}, compiled"
+    for model in (ours, theirs):
+        model.set_attention_backend(fastest)
+        # A CPU shows that the road is open; making machine code of it would take the better part of the time.
+        model.compile_repeated_blocks(backend="inductor" if bench.on_gpu else "eager")
+    needs = {"seconds": time + (COMPILING if bench.on_gpu else 0)}
+    made = bench.attempt(label % OURS, lambda: row(our_step, peers.get("eager")), **needs)
+    if made:  # against the compiled peer too, where there is time for it
+        peer = bench.attempt(label % THEIRS, lambda: row(their_step, peers.get("eager")), **needs)
+        made["note"] = f"{peer['seconds'] / made['seconds']:.2f} x diffusers compiled" if peer else ""
+
+
+def _row(bench: Bench, flops: int, step: Callable[[], torch.Tensor], peer: Row | None = None) -> Row:
+    median = bench.median(step)
+    found = {"seconds": median} | bench.of_limit(flops, median)
+    if peer:
+        found["x diffusers"] = peer["seconds"] / median
+    return found | bench.peak()
