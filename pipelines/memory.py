@@ -135,7 +135,8 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, memory: st
     """Put a pipeline of diffusers where the memory mode says, by diffusers' own means."""
     if memory == "group":
         streams = device.type == "cuda"
-        pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=streams)
+        # Not the VAE: a stream's copies of its weights stay float16 when diffusers casts it to decode, in float32.
+        pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=streams, exclude_modules="vae")
     elif memory == "resident" or device.type == "cpu":  # a CPU has nowhere to offload to
         pipeline.to(device)
     elif memory == "model":

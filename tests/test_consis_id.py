@@ -24,6 +24,7 @@ from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.video_file import read_metadata
 from preprocess.video import probe, read_frames
+from tests.streamed_offload import stream_group_offloading
 from tests.tiny_consis_id import EMBED_DIM, SCHEDULER, VIT_DIM, write_release
 from tests.tiny_face import write_antelopev2
 
@@ -236,6 +237,22 @@ def test_offloaded_is_resident(releases, version, memory):
     assert torch.equal(offloaded.denoise(JOB), resident.denoise(JOB))
     # It is not resident under another name.
     assert _is_group_offload_enabled(offloaded.model.pipeline().transformer) == (memory != "model")
+
+
+def test_offloaded_through_a_stream_is_resident(releases, monkeypatch):
+    """As on CUDA, whose hooks keep copies of the weights in their type: the VAE, which decodes in tiles, has none."""
+    flags = ("--tiled", "--dtype", "bf16")
+    resident = maker_of(releases, *flags, "--memory", "resident")
+    stream_group_offloading(monkeypatch)
+    offloaded = maker_of(releases, *flags, "--memory", "group")
+    for _ in range(2):  # the first pass tells the hooks the order of the blocks
+        latents = offloaded.denoise(JOB)
+        assert torch.equal(latents, resident.denoise(JOB))
+        with offloaded.model.decoder() as vae, resident.model.decoder() as other:
+            assert vae.use_tiling and not _is_group_offload_enabled(vae)
+            ours, theirs = (list(decode_stream(decoder, latents)) for decoder in (vae, other))
+        assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+    assert ours[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("num_latents", [1, 3, 4, 5])

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from PIL import Image
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
@@ -36,6 +37,7 @@ from preprocess.face_detection import Face, load_recogniser
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
 from preprocess.video import read_frames
+from tests.streamed_offload import stream_group_offloading
 from tests.tiny_face import write_antelopev2
 from tests.tiny_instant_id import adapter_tensors, write_controlnet, write_instant_id, write_sdxl, write_single_file
 
@@ -346,6 +348,23 @@ def test_every_flag_changes_the_picture(weights, tmp_path, reference, more):
 def test_flags_of_the_machine_leave_the_picture(weights, tmp_path, reference, more):
     picture = make(weights, tmp_path / "out.png", *more)
     assert abs(picture.astype(int) - reference.astype(int)).max() <= 1
+
+
+def test_group_offloading_through_a_stream_survives_the_upcast_of_the_vae(weights, monkeypatch):
+    """On CUDA its hooks keep copies of the float16 weights, and diffusers decodes SDXL's in float32."""
+    pictures = {}
+    for memory in ("resident", "group"):
+        if memory == "group":
+            stream_group_offloading(monkeypatch)
+        args = infer.parse_args(flags(weights, "--method", "instantid", *SMALL, "--dtype", "fp16", "--memory", memory))
+        pipe = instant_id.load_instant_id(*resolve_instant_id(args), torch.device("cpu"))
+        assert (pipe.vae.dtype, pipe.vae.config.force_upcast) == (torch.float16, True)
+        pictures[memory] = [sample(pipe, seed=seed, output_type="np") for seed in (0, 1)]
+        assert pipe.vae.dtype == torch.float16
+    assert _is_group_offload_enabled(pipe.unet)
+    for offloaded, resident in zip(pictures["group"], pictures["resident"], strict=True):
+        numpy.testing.assert_array_equal(offloaded, resident)
+    assert (pictures["group"][0] != pictures["group"][1]).any()
 
 
 def test_lcm(weights, tmp_path, reference):
