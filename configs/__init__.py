@@ -41,6 +41,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "tokenizer": (str,),
     "stand_in": (dict,),
     "lora": (bool,),  # no model: what a LoRA wants to be sampled with, for --lora_config
+    "unused_keys": (list,),  # glob patterns of keys that a LoRA's released file carries in vain
     "multitalk": (dict,),  # widths of audio layers
     "svi": (dict,),  # how clips of a long video are conditioned (pipelines.long_video_settings.Variant)
     "vace": (dict,),  # the base blocks of a VACE branch's hints (vace_layers)

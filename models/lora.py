@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -93,6 +94,7 @@ class Lora:
         source: str = "LoRA",
         partial: bool = False,
         stated_scale: "StatedScale | None" = None,
+        unused: Sequence[str] = (),
     ) -> "Lora":
         """Give every key its parameter, and check shapes and values.
 
@@ -102,6 +104,7 @@ class Lora:
             source: names the file in errors.
             partial: leave out what does not apply, and say so, instead of raising.
             stated_scale: what the file's metadata says of alpha, for pairs without an alpha key.
+            unused: glob patterns of keys that the file is known to carry in vain; they are left out, and listed.
 
         Raises:
             InputError: keys without a target, of another shape, with NaN, of rank 0, incomplete pairs.
@@ -113,10 +116,13 @@ class Lora:
         def refuse(kind: str, *keys: str) -> None:
             problems.setdefault(kind, []).extend(keys)
 
+        known: list[str] = []  # to be of no use
         found: dict[str, dict[str, str]] = {}  # parameter -> part -> key
         for key in tensors:
             name, part = _target(key, spellings, shapes)
-            if name is None:
+            if name is None and any(fnmatchcase(key, pattern) for pattern in unused):
+                known.append(key)
+            elif name is None:
                 refuse("unknown", key)
             elif part in found.setdefault(name, {}):
                 refuse("given twice", key)
@@ -156,12 +162,16 @@ class Lora:
                 scale = stated_scale.of(rank) if stated_scale else 1.0
                 pairs[name] = Pair(down, up, scale if alpha is None else alpha.item() / rank)
 
-        lora = cls(source, pairs, full, tuple(key for keys in problems.values() for key in keys))
+        left_out = [key for keys in problems.values() for key in keys] + known
+        lora = cls(source, pairs, full, tuple(left_out))
         if not tensors or (not pairs and not full) or (problems and not partial):
             raise InputError(_refusal(lora, tensors, problems, shapes))
+        if known:
+            logger.info("%s: %d keys are left out, as known of it: %s", source, len(known), _by_pattern(known))
         if problems:
             listed = "; ".join(f"{kind}: {_by_pattern(keys)}" for kind, keys in problems.items())
-            logger.warning("%s: %d of %d keys are left out: %s", source, len(lora.left_out), len(tensors), listed)
+            count = len(left_out) - len(known)
+            logger.warning("%s: %d of %d keys are left out: %s", source, count, len(tensors), listed)
         logger.info("%s: %d keys change %d weights", source, len(tensors) - len(lora.left_out), len(lora.targets))
         return lora
 
@@ -182,11 +192,17 @@ class StatedScale:
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def read_lora(path: str | Path, transformer: WanTransformer, partial: bool = False, beside: str | None = None) -> Lora:
+def read_lora(
+    path: str | Path,
+    transformer: WanTransformer,
+    partial: bool = False,
+    beside: str | None = None,
+    unused: Sequence[str] = (),
+) -> Lora:
     """Read a LoRA file, or the folder that holds one, for this transformer.
 
     Args:
-        transformer, partial: see `Lora.from_tensors`.
+        transformer, partial, unused: see `Lora.from_tensors`.
         beside: keys with this in them belong to another part in the same file, which the caller reads on its own.
 
     Raises:
@@ -195,7 +211,7 @@ def read_lora(path: str | Path, transformer: WanTransformer, partial: bool = Fal
     """
     file = weight_files(path)[0]
     tensors = {key: tensor for key, tensor in read_tensors(path).items() if beside is None or beside not in key}
-    return Lora.from_tensors(tensors, transformer, str(path), partial, _read_stated_scale(file))
+    return Lora.from_tensors(tensors, transformer, str(path), partial, _read_stated_scale(file), unused)
 
 
 def _read_stated_scale(file: Path) -> StatedScale | None:
@@ -282,8 +298,9 @@ def _refusal(lora: Lora, tensors: Mapping, problems: Mapping[str, list[str]], sh
         for kind, keys in problems.items()
     )
     applicable = len(tensors) - len(lora.left_out)
+    refused = sum(len(keys) for keys in problems.values())
     message = (
-        f"{lora.source}: {len(lora.left_out)} of {len(tensors)} LoRA keys do not apply: {kinds or 'an empty file'}"
+        f"{lora.source}: {refused} of {len(tensors)} LoRA keys do not apply: {kinds or 'an empty file'}"
     )
     if reason := _likely_reason(tensors, problems, shapes):
         message += f"; {reason}"

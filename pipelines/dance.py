@@ -31,7 +31,8 @@ class DanceWan(Wan):
         return load_pose_embedder(self.settings.lora_path[0], self.transformer_config.dim)
 
     def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
-        return read_lora(path, shape, partial, beside=KEY if path == self.settings.lora_path[0] else None)
+        beside = KEY if path == self.settings.lora_path[0] else None
+        return read_lora(path, shape, partial, beside, self.settings.unused_lora_keys)
 
 
 class DanceMaker(LongVideoMaker):

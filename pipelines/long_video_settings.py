@@ -25,7 +25,7 @@ from pipelines.clip_plan import (
 )
 from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
-from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
+from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings, preset_lora
 from pipelines.settings import PROJECT, resolve_settings
 from pipelines.video_file import read_metadata, safe_name
 from preprocess.audio import AudioTimeline, read_audio
@@ -312,7 +312,7 @@ def with_svi_loras(settings: LongVideoSettings, config: dict) -> LongVideoSettin
                     f"SVI's file with --lora_path{which}"
                 )
         if len(paths) == 1 and part in preset.get("files", {}):
-            paths = (*paths, str(part_path(preset, part)))
+            paths = (*paths, preset_lora(preset, which))
         if paths:
             check_released_name(paths[0], settings.variant, which)
         changes[f"lora_path{which}"] = paths

@@ -2,10 +2,10 @@
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import known_configs, load_config
+from configs import download_command, known_configs, load_config, part_path
 from errors import UsageError, WeightsError
 from pipelines.settings import Settings, resolve_settings
 
@@ -40,6 +40,11 @@ class LoraSettings(Settings):
         return self.lora_mode == "live" or (self.lora_mode == "auto" and (self.fp8 or self.switched))
 
     @property
+    def unused_lora_keys(self) -> tuple[str, ...]:
+        """Patterns of the keys that the files of the --lora_config are known to carry in vain."""
+        return tuple(load_config(self.lora_config).get("unused_keys", ())) if self.lora_config else ()
+
+    @property
     def lora_steps(self) -> tuple[float, float]:
         """The shares of the steps from and up to which the LoRAs work."""
         return self.lora_start, self.lora_end
@@ -72,6 +77,7 @@ def resolve_lora_settings(
         WeightsError: a LoRA file that is not there.
     """
     settings, config = resolve_settings(args, kind, brought_defaults(args.lora_config))
+    settings = with_preset_loras(settings, config)
     check_lora_settings(settings, config, args)
     if not any(settings.lora_files(2)):
         if required:
@@ -116,6 +122,37 @@ def _check_steps(settings: LoraSettings) -> None:
         raise UsageError("--lora_start, --lora_end: merged LoRAs cannot be switched off; use --lora_mode live or auto")
     if settings.switched and settings.step_cache == "teacache":
         raise UsageError("--lora_start, --lora_end: teacache follows one model through all steps; use first_block")
+
+
+def with_preset_loras(settings: LoraSettings, config: dict) -> LoraSettings:
+    """With the files that the --lora_config has for each expert, where none is named. The tiny model does without.
+
+    Raises:
+        UsageError: the model has no experts.
+        WeightsError: a file is not there, with the command that fetches it.
+    """
+    preset = load_config(settings.lora_config) if settings.lora_config else {}
+    if config.get("tiny") or "files" not in preset:
+        return settings
+    if not config.get("experts"):
+        raise UsageError(
+            f"--lora_config {settings.lora_config}: its LoRAs are for the two experts of Wan2.2, "
+            f"{config['name']} is one model"
+        )
+    brought = {f"lora_path{which}": (preset_lora(preset, which),) for which in ("_high", "_low")}
+    return replace(settings, **{name: path for name, path in brought.items() if not getattr(settings, name)})
+
+
+def preset_lora(preset: dict, which: str) -> str:
+    """The file that a preset has for an expert.
+
+    Raises:
+        WeightsError: it is not there, with the command that fetches it.
+    """
+    path = part_path(preset, f"lora{which}")
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such LoRA; {download_command(preset)}, or name it with --lora_path{which}")
+    return str(path)
 
 
 def brought_defaults(name: str | None) -> dict:

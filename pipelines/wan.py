@@ -392,7 +392,7 @@ class Wan:
             self._free()
 
     def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
-        return read_lora(path, shape, partial)
+        return read_lora(path, shape, partial, unused=self.settings.unused_lora_keys)
 
     def with_loras(self, step: int, num_steps: int) -> bool:
         """Whether the LoRAs work at this step of so many; the ends of their range are rounded to whole steps."""

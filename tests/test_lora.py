@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,12 +15,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import infer_long_video
 import infer_with_lora
-from errors import InputError, UserError
+from configs import load_config, part_path
+from errors import InputError, UsageError, UserError, WeightsError
 from models.lora import Lora, attach_loras, merge_loras, read_lora
 from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import VARIANTS
 from models.wan.transformer import WanTransformer
+from pipelines.long_video_settings import resolve_long_video, variant_config
+from pipelines.lora import resolve_lora_settings
 from pipelines.video_file import read_metadata
 from preprocess.video import read_frames
 from tests import tiny
@@ -377,6 +382,80 @@ def test_partial_leaves_out_what_does_not_apply_and_lists_it(caplog):
     with pytest.raises(InputError, match="2 of 2") as error:  # nothing would be left
         lora_of(bad, partial=True)
     assert "--lora_partial" not in str(error.value)
+
+
+# What LightX2V's low-noise file for Wan2.2 carries beside what applies (LightX2V#1246), in its own dialect.
+IN_VAIN = {
+    **{f"diffusion_model.blocks.0.cross_attn.{n}.lora_down.weight": torch.ones(RANK, 8) for n in ("k_img", "v_img")},
+    **{f"diffusion_model.blocks.0.cross_attn.{n}.lora_up.weight": torch.ones(8, RANK) for n in ("k_img", "v_img")},
+    **{f"diffusion_model.blocks.0.cross_attn.{n}.diff_b": torch.ones(8) for n in ("k_img", "v_img")},
+    "diffusion_model.blocks.0.cross_attn.norm_k_img.diff": torch.ones(8),
+    "diffusion_model.img_emb.proj.0.diff_b": torch.ones(8),
+    "diffusion_model.img_emb.proj.1.lora_down.weight": torch.ones(RANK, 8),
+    "diffusion_model.img_emb.proj.1.lora_up.weight": torch.ones(8, RANK),
+    "diffusion_model.img_emb.proj.4.diff": torch.ones(8),
+}
+
+
+def test_keys_that_are_known_to_be_in_vain_are_left_out_and_no_others(caplog):
+    unused = load_config("lora-svi-lightx2v")["unused_keys"]
+    with pytest.raises(InputError, match=f"{len(IN_VAIN)} of {len(GOOD) + len(IN_VAIN)} LoRA keys"):
+        lora_of(GOOD | IN_VAIN)
+    with caplog.at_level(logging.INFO, logger="selfsame"):
+        lora = lora_of(GOOD | IN_VAIN, unused=unused)
+    assert (lora.targets, set(lora.left_out)) == ([f"{Q}.weight"], set(IN_VAIN))
+    assert f"{len(IN_VAIN)} keys are left out, as known of it" in caplog.text
+    for name in IN_VAIN:
+        assert re.sub(r"blocks\.0", "blocks.N", name) in caplog.text
+    with pytest.raises(InputError, match=r"1 of \d+ LoRA keys do not apply: 1 unknown \(nowhere.lora_A"):
+        lora_of(GOOD | IN_VAIN | {"nowhere.lora_A.weight": torch.ones(RANK, 8)}, unused=unused)
+    image_model = tiny.transformer(in_dim=36, image_dim=16)  # one that has them takes them, whatever the preset says
+    with pytest.raises(InputError, match="of another shape"):
+        Lora.from_tensors(GOOD | IN_VAIN, image_model, unused=unused)
+
+
+def touch_files(config: dict) -> dict[str, str]:
+    """Empty files where a config's download would lie: part -> path."""
+    files = {part: part_path(config, part) for part in config["files"]}
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    return {part: str(file) for part, file in files.items()}
+
+
+def test_a_preset_brings_its_pair(tmp_path, monkeypatch):
+    """Of Wan2.2's experts, each its own file, fetched by one command; one that is named takes its place."""
+    monkeypatch.chdir(tmp_path)
+    name = "lora-lightx2v-wan2.2-t2v"
+    photo = str(PROJECT / "assets" / "face.png")
+    flags = ["--ip_image", photo, "--prompt", "x", "--wan_version", "2.2", "--lora_config", name]
+    with pytest.raises(WeightsError, match=f"download_models.py --only {name}"):
+        resolve_lora_settings(infer_with_lora.parse_args(flags))
+    files = touch_files(load_config(name))
+    settings, _ = resolve_lora_settings(infer_with_lora.parse_args(flags))
+    assert (settings.lora_path_high, settings.lora_path_low) == ((files["lora_high"],), (files["lora_low"],))
+    assert (settings.num_inference_steps, settings.shift, settings.guidance_scale) == (4, 5.0, (1.0,))
+    Path("mine.safetensors").touch()
+    settings, _ = resolve_lora_settings(infer_with_lora.parse_args([*flags, "--lora_path_low", "mine.safetensors"]))
+    assert (settings.lora_path_high, settings.lora_path_low) == ((files["lora_high"],), ("mine.safetensors",))
+    with pytest.raises(UsageError, match="two experts of Wan2.2"):
+        resolve_lora_settings(infer_with_lora.parse_args([*flags, "--wan_version", "2.1"]))
+
+
+@pytest.mark.parametrize("preset", ["lora-svi-lightx2v", "lora-svi-lightx2v-260412"])
+def test_a_preset_brings_its_pair_beside_svis(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = touch_files(variant_config("2.0-pro"))
+    flags = ["--prompt", "x", "--variant", "2.0-pro", "--ref_image_path", str(PROJECT / "assets" / "face.png")]
+    args = infer_long_video.parse_args([*flags, "--lora_config", preset])
+    with pytest.raises(WeightsError, match=f"download_models.py --only {preset}"):
+        resolve_long_video(args)
+    files = touch_files(load_config(preset))
+    settings, config, _ = resolve_long_video(infer_long_video.parse_args([*flags, "--lora_config", preset]))
+    assert settings.lora_path_high == (own["lora_high"], files["lora_high"])
+    assert settings.lora_path_low == (own["lora_low"], files["lora_low"])
+    assert (settings.num_inference_steps, settings.shift, settings.guidance_scale) == (6, 8.0, (1.5,))
+    assert (settings.lora_scale_high, config["boundary"]) == ((1.0, 0.5), 0.9)
 
 
 # --------------------------------------------------------------------------------------------------- the script
