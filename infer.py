@@ -24,6 +24,7 @@ is repeated.
 """
 
 import argparse
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import (
@@ -48,18 +49,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from pipelines.settings import method_of
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
     # In each, everything that can be refused without torch is refused before it is imported.
-    {"standin": stand_in, "instantid": instant_id, "consisid": consis_id}[method_of(args)](args)
+    return {"standin": stand_in, "instantid": instant_id, "consisid": consis_id}[method_of(args)](args)
 
 
-def stand_in(args: argparse.Namespace) -> None:
+def stand_in(args: argparse.Namespace) -> list[Path]:
     """Videos by Wan: from a prompt with Stand-In, or from a picture."""
     from pipelines.image_to_video_settings import resolve_image_to_video
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
 
     settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
@@ -72,7 +74,7 @@ def stand_in(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos
-        return
+        return []
     scorer = load_scorer(settings, settings.score_photos)
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
     wan = Wan(settings, config, processes)
@@ -81,15 +83,15 @@ def stand_in(args: argparse.Namespace) -> None:
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
     processes.close()
+    return made
 
 
-def instant_id(args: argparse.Namespace) -> None:
+def instant_id(args: argparse.Namespace) -> list[Path]:
     """Pictures by InstantID on SDXL."""
     from pipelines.instant_id_settings import resolve_instant_id
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
 
     settings, config = resolve_instant_id(args)
     jobs = list_jobs(settings, ".png")
@@ -101,19 +103,18 @@ def instant_id(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device)
     if not (jobs := processes.own(jobs)):
-        return
+        return []
     check_files(settings, config)
     guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
     scorer = load_scorer(settings, settings.ip_image)
     maker = PictureMaker(settings, config, guide, processes.device)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings))
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), jobs)
 
 
-def consis_id(args: argparse.Namespace) -> None:
+def consis_id(args: argparse.Namespace) -> list[Path]:
     """Videos by ConsisID on CogVideoX."""
     from pipelines.consis_id_settings import resolve_consis_id
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
 
     settings, config = resolve_consis_id(args)
     jobs = list_jobs(settings)
@@ -124,7 +125,7 @@ def consis_id(args: argparse.Namespace) -> None:
 
     processes = start_processes(settings.device)
     if not (jobs := processes.own(jobs)):
-        return
+        return []
     model = ConsisID(settings, config, processes)
     model.check()
 
@@ -132,8 +133,7 @@ def consis_id(args: argparse.Namespace) -> None:
     face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
     maker = ConsisIDMaker(model, face, text)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings))
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), jobs)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Weights: python download_models.py --only stableavatar-1.3B. A stopped run goes 
 """
 
 import argparse
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
@@ -61,11 +62,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from dataclasses import replace
 
     from pipelines.avatar_settings import resolve_avatar
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
     from preprocess.audio import AudioTimeline
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -85,9 +87,9 @@ def main(args: argparse.Namespace) -> None:
     reference = read_reference(settings)  # (H, W, 3) uint8
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = AvatarMaker(wan, text, reference, samples)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
     processes.close()
+    return made
 
 
 if __name__ == "__main__":

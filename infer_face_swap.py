@@ -15,6 +15,7 @@ which never span a cut. Weights: python download_models.py --wan_version 2.1.
 """
 
 import argparse
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments
@@ -42,11 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     import dataclasses
 
     from pipelines.face_swap_settings import resolve_face_swap
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config, info = resolve_face_swap(args)
@@ -58,18 +60,19 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    if not (jobs := processes.own(jobs)):  # more processes than videos
+        return []
     wan = Wan(settings, config, processes)
-    jobs = processes.own(jobs)
     scorer = load_scorer(settings, settings.score_photos)
     wan.check()
 
-    output = jobs[0].output if jobs and processes.writes else None
+    output = jobs[0].output if processes.writes else None
     video = open_swap_video(settings, info, 2 * wan.transformer_config.vae_spatial_factor, output)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = FaceSwapMaker(wan, text, video, info)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
     processes.close()
+    return made
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ Weights: python download_models.py --only wan2.1-i2v-14B-480P svi-shot
 
 import argparse
 import logging
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import (
@@ -91,10 +92,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of the seeds."""
     from dataclasses import replace
 
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import Job, list_jobs, make_all
     from pipelines.long_video_settings import resolve_long_video
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -117,9 +119,9 @@ def main(args: argparse.Namespace) -> None:
     wan = load(settings, config, processes)
     jobs = processes.own(jobs)
     if not jobs:  # more processes than videos
-        return
-    wan.check()
+        return []
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+    wan.check()  # LoRAs take memory too
     if settings.first_frame is not None:  # SDXL's memory is free again after this
         check_first_frame_files(settings)
         picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
@@ -127,11 +129,16 @@ def main(args: argparse.Namespace) -> None:
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
     maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
     likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
-    for job in jobs:
-        print(maker.make(job))
+
+    def make_reported(job: Job) -> Path:
+        output = maker.make(job)
         if processes.writes and not settings.no_drift_report:
-            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(job.output, likeness=likeness))
+            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, likeness=likeness))
+        return output
+
+    made = make_all(make_reported, jobs)
     processes.close()
+    return made
 
 
 if __name__ == "__main__":

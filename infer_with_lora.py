@@ -15,6 +15,7 @@ tokens run through the changed weights too. All else is as in infer.py.
 """
 
 import argparse
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
@@ -28,8 +29,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
-    from pipelines.jobs import list_jobs
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
+    from pipelines.jobs import list_jobs, make_all
     from pipelines.lora import resolve_lora_settings
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -42,18 +44,19 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    if not (jobs := processes.own(jobs)):  # more processes than videos
+        return []
     wan = Wan(settings, config, processes)
-    jobs = processes.own(jobs)
     scorer = load_scorer(settings, settings.score_photos)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
 
-    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VideoMaker(wan, text, faces)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
     processes.close()
+    return made
 
 
 if __name__ == "__main__":

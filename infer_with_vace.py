@@ -13,6 +13,7 @@ Weights: python download_models.py --vace. A run that was stopped goes on when t
 """
 
 import argparse
+from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments
@@ -41,9 +42,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[Path]:
+    """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from pipelines.control_video import resolve_vace_settings
-    from pipelines.jobs import list_jobs
+    from pipelines.jobs import list_jobs, make_all
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_vace_settings(args)
@@ -57,19 +59,20 @@ def main(args: argparse.Namespace) -> None:
     from pipelines.vace import VaceMaker, VaceWan, read_control
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
+    if not (jobs := processes.own(jobs)):  # more processes than videos
+        return []
     wan = VaceWan(settings, config, processes)
-    jobs = processes.own(jobs)
     scorer = load_scorer(settings, settings.score_photos)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
     wan.check(at_once=replace(settings, num_frames=frames), beside=wan.branch_bytes())
 
     control = read_control(settings, demonstrate=wan.is_tiny)
-    faces = prepare_faces(settings, jobs[0].output if jobs and processes.writes else None)  # (512, 512, 3) each
+    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VaceMaker(wan, text, faces, control)
-    for job in jobs:
-        print(make_scored(maker, job, scorer, settings, processes))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
     processes.close()
+    return made
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray
         UsageError: values out of bounds, or a combination that makes no sense.
         InputError: a sound or a picture that cannot be used.
     """
+    args = Namespace(**vars(args))  # they are completed below, and may be used again
     if args.identity is not None:
         raise UsageError(
             f"--identity {args.identity[0]}: Stand-In's features are for text-to-video models; here the person is the "

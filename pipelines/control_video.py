@@ -51,6 +51,7 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         UsageError: values or combinations that make no sense.
         InputError: a file that is missing or cannot be used; a mask that does not fit its video.
     """
+    args = Namespace(**vars(args))  # they are completed below, and may be used again
     if args.config is None:
         args.config = default_config(args)
     args.wan_version = None

@@ -139,6 +139,7 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
         UsageError: also for pictures the model does not take, or lacks.
         InputError: a picture that is not there.
     """
+    args = Namespace(**vars(args))  # they are completed below, and may be used again
     if args.config is None and (args.image or args.last_image or args.first_frame):
         version = args.wan_version or ("2.1" if args.base_path else None)
         if version in PICTURE_CONFIGS:

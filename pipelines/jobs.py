@@ -1,6 +1,7 @@
 """Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
             jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
     free_disk_or_error(output, len(jobs) * estimate_file_bytes(settings))
     return jobs
+
+
+def make_all(make: Callable[[Job], Path], jobs: Sequence[Job]) -> list[Path]:
+    """Make one job after another, and say of each where it is: a line of standard output each, as soon as it is there.
+
+    Returns:
+        the files that were made, in the jobs' order.
+    """
+    made = []
+    for job in jobs:
+        made.append(make(job))
+        print(made[-1])
+    return made
 
 
 def estimate_file_bytes(settings: Settings) -> int:

@@ -166,6 +166,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         InputError: a file that is missing or cannot be used.
         WeightsError: a LoRA that is not there.
     """
+    args = Namespace(**vars(args))  # they are completed below, and may be used again
     resumed = str(args.config or "").endswith(".json")
     if not resumed:
         choose_config(args)

@@ -55,7 +55,8 @@ def sound(path: Path, seconds: float) -> Path:
 
 
 def run(output, *flags) -> None:
-    infer_audio_avatar.main(infer_audio_avatar.parse_args(["--output", str(output), *map(str, flags)]))
+    made = infer_audio_avatar.main(infer_audio_avatar.parse_args(["--output", str(output), *map(str, flags)]))
+    assert made == [Path(output)]
 
 
 def make(output, *flags) -> numpy.ndarray:

@@ -52,14 +52,15 @@ PHOTO = ["--ip_image", str(PROJECT / "assets/face.png")]  # 512x512
 PERSON = [*PHOTO, "--prompt", "a woman smiles"]
 
 
-def run(*flags) -> None:
+def run(*flags) -> list[Path]:
     """A run as a user starts it, in this process."""
-    infer.main(infer.parse_args(list(map(str, flags))))
+    return infer.main(infer.parse_args(list(map(str, flags))))
 
 
 def make(releases, output, *flags, prompt="a woman smiles") -> numpy.ndarray:
     """The frames of the file that a run writes."""
-    run(*flags_of(releases), *PHOTO, *SMALL, *QUICK, "--prompt", prompt, "--output", output, *flags)
+    made = run(*flags_of(releases), *PHOTO, *SMALL, *QUICK, "--prompt", prompt, "--output", output, *flags)
+    assert made == [output]
     return read_frames(output)
 
 

@@ -240,7 +240,7 @@ def written(monkeypatch):
 
 def swap(output, video, *flags):
     arguments = [*FEW, "--input_video", video, "--output", output, *flags]
-    infer_face_swap.main(infer_face_swap.parse_args([str(a) for a in arguments]))
+    assert infer_face_swap.main(infer_face_swap.parse_args([str(a) for a in arguments])) == [output]
 
 
 def test_background_is_the_inputs_bit_for_bit_and_all_else_of_the_file_too(tmp_path, clip, written, monkeypatch):

@@ -33,7 +33,7 @@ PERSON = ["--ip_image", "assets/face.png", "--prompt", "x"]
 
 def make(output, *flags) -> numpy.ndarray:
     """Run in this process; the frames of the file."""
-    infer.main(infer.parse_args([*SMALL, "--output", str(output), *map(str, flags)]))
+    assert infer.main(infer.parse_args([*SMALL, "--output", str(output), *map(str, flags)])) == [output]
     return read_frames(output)
 
 

@@ -69,7 +69,7 @@ def make(weights, output, *more, photo=PORTRAIT) -> numpy.ndarray:
     """Run in this process; the picture of the file."""
     small = [photo if word == PORTRAIT else word for word in SMALL]
     arguments = flags(weights, "--method", "instantid", *small, "--output", output, *more)
-    infer.main(infer.parse_args(arguments))
+    assert infer.main(infer.parse_args(arguments)) == [output]
     return read_image(output)
 
 
@@ -266,9 +266,9 @@ def test_prompts_are_split_over_processes(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     make_all = flags(weights, "--method", "instantid", *SMALL, "--output", tmp_path / "out.png")
-    infer.main(infer.parse_args([*make_all, "--seed", "0", "1"]))
+    assert infer.main(infer.parse_args([*make_all, "--seed", "0", "1"])) == [tmp_path / "out-000-seed1.png"]
     assert [p.name for p in tmp_path.glob("*.png")] == ["out-000-seed1.png"]
-    infer.main(infer.parse_args([*make_all, "--seed", "2"]))  # the other process's
+    assert infer.main(infer.parse_args([*make_all, "--seed", "2"])) == []  # the other process's
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 

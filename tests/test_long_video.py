@@ -41,7 +41,8 @@ LONGER = ["--num_frames", "9"]  # for the variants whose clips share five frames
 
 
 def run_here(output, *flags) -> None:
-    infer_long_video.main(infer_long_video.parse_args(["--output", str(output), *map(str, flags)]))
+    made = infer_long_video.main(infer_long_video.parse_args(["--output", str(output), *map(str, flags)]))
+    assert made == [output]
 
 
 def make(output, *flags) -> numpy.ndarray:

@@ -487,7 +487,8 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def make(output: Path, *flags, small=SMALL) -> numpy.ndarray:
-    infer_with_lora.main(infer_with_lora.parse_args([*small, "--output", str(output), *map(str, flags)]))
+    made = infer_with_lora.main(infer_with_lora.parse_args([*small, "--output", str(output), *map(str, flags)]))
+    assert made == [output]
     return read_frames(output)
 
 

@@ -415,7 +415,8 @@ def test_bad_input_is_one_clear_line(tmp_path, media, monkeypatch, flags, exit_c
 
 def make(output: Path, *flags) -> numpy.ndarray:
     """Run in this process; the frames of the file."""
-    infer_with_vace.main(infer_with_vace.parse_args([*FAST, "--output", str(output), *map(str, flags)]))
+    made = infer_with_vace.main(infer_with_vace.parse_args([*FAST, "--output", str(output), *map(str, flags)]))
+    assert made == [output]
     return read_frames(output)
 
 
