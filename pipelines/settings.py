@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from configs import load_config
-from errors import InputError, UsageError
+from errors import InputError, UsageError, WeightsError
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.tea_cache import COEFFICIENTS
+from pipelines.weights import find_gguf
 from preprocess.prompts import read_prompts
 
 logger = logging.getLogger("selfsame")
@@ -207,7 +208,9 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
     missing = [f"--{name}" for name in required if name not in values]
     if missing:
         raise UsageError(f"config {config_name} leaves open: {', '.join(missing)}; give them")
-    return kind(**values), config
+    settings = kind(**values)
+    check_formats(settings)
+    return settings, config
 
 
 def method_of(args: Namespace) -> str:
@@ -330,6 +333,24 @@ def check_fp8(settings) -> None:
     """
     if settings.fp8 and settings.memory in ("group", "sequential"):
         raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+
+
+def check_formats(settings: object) -> None:
+    """Whether weights that a flag names are in a format that is read at all.
+
+    Raises:
+        WeightsError: they are GGUF.
+    """
+    for field in dataclasses.fields(settings):
+        if not field.name.endswith(("_path", "_path_high", "_path_low")) and field.name != "controlnet":
+            continue
+        value = getattr(settings, field.name)
+        for path in value if isinstance(value, tuple) else () if value is None else (value,):
+            if found := find_gguf(path):
+                raise WeightsError(
+                    f"--{field.name} {path}: GGUF weights ({found}) are not read yet; give safetensors (ComfyUI's fp8 "
+                    "files are the smallest), or the released files"
+                )
 
 
 def check_pictures(**pictures: Sequence[str]) -> None:

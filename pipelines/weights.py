@@ -30,3 +30,21 @@ class WeightsFile:
     def hint(self) -> str:
         """The command that downloads it."""
         return download_command(load_config(self.config)) if self.config else f"give another {self.flag}"
+
+
+# Where a folder has one of these, the GGUF files in it are not what would be read.
+_READ_INSTEAD = ("*.safetensors", "*.bin", "*.pt", "*.ckpt", "model_index.json", "transformer", "*_noise_model")
+
+
+def find_gguf(path: str | Path) -> str | None:
+    """The name of the GGUF file that `path` is, or that the weights of the folder are; None if it is neither."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                return path.name if file.read(4) == b"GGUF" else None
+        if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in _READ_INSTEAD):
+            return None
+        return next((found.name for pattern in ("*.gguf", "*/*.gguf") for found in sorted(path.glob(pattern))), None)
+    except OSError:
+        return None  # whoever reads it says why it cannot be

@@ -28,6 +28,7 @@ from pipelines.avatar_settings import resolve_avatar
 from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.long_video_settings import resolve_long_video
 from pipelines.video_file import VideoWriter
+from pipelines.weights import find_gguf
 
 PROJECT = Path(__file__).parent.parent
 FACE = str(PROJECT / "assets/face.png")
@@ -116,6 +117,54 @@ def test_prompt_files_that_cannot_be_read(tmp_path, monkeypatch, script):
         error = refusal(script, "--output", "out" + SCRIPTS[script][3], "--prompt", f"@{file}")
         assert error.exit_code == 3, (file, str(error))
         assert file in str(error)
+
+
+OF_INPUTS = ("prompt_path", "ref_image_path", "audio_path", "pose_path")  # name no weights
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gguf_weights_are_refused_by_each_flag(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    for file in ("umt5.gguf", "renamed.safetensors", "folder/Q4.gguf", "nested/HighNoise/Q8.gguf"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_bytes(b"GGUF" + b"\0" * 60)
+    (tmp_path / "nested" / "VAE").mkdir()
+    (tmp_path / "nested" / "VAE" / "Wan2.1_VAE.safetensors").touch()
+    names = [name for name in vars(SCRIPTS[script][0].parse_args([])) if "_path" in name and name not in OF_INPUTS]
+    assert {"base_path", "vae_path", "text_encoder_path"} <= set(names)
+    what = ["--prompt", "x", *(["--ip_image", FACE] if script in ("text", "lora", "vace", "swap") else [])]
+    cases = [(name, "umt5.gguf") for name in names] + [
+        ("base_path", path) for path in ("renamed.safetensors", "folder", "nested") if script != "instantid"
+    ]
+    refused = set()
+    for name, path in cases:
+        error = refusal(script, *what, "--output", "out" + SCRIPTS[script][3], f"--{name}", path)
+        if "has no such setting" in str(error):  # of another --method
+            continue
+        assert error.exit_code == 4, str(error)
+        assert f"--{name} {path}: GGUF weights" in str(error)
+        refused.add(name)
+    assert len(refused) >= 4
+
+
+def test_gguf_weights_are_refused_before_torch_is_there(tmp_path):
+    (tmp_path / "umt5.gguf").write_bytes(b"GGUF" + b"\0" * 60)
+    code = (
+        "import sys; sys.modules['torch'] = None\nimport infer; from errors import run_script\n"
+        "run_script(infer.main, infer.parse_args)"
+    )
+    flags = ["--config", "wan2.1-t2v-1.3B", "--prompt", "x", "--text_encoder_path", str(tmp_path / "umt5.gguf")]
+    run = subprocess.run([sys.executable, "-c", code, *flags], cwd=PROJECT, capture_output=True, text=True)
+    assert run.returncode == 4, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("error: --text_encoder_path") and "GGUF" in run.stderr
+
+
+def test_gguf_beside_what_can_be_read_is_no_reason_to_refuse(tmp_path):
+    (tmp_path / "Q4.gguf").write_bytes(b"GGUF")
+    assert find_gguf(tmp_path) == "Q4.gguf"
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    assert find_gguf(tmp_path) is find_gguf(tmp_path / "nowhere") is None
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -347,7 +347,7 @@ def damaged_files(folder: Path, tensors) -> dict[str, list[str]]:
         "empty.safetensors": (b"", ["empty file"]),
         "cut.pth": (zipped[: len(zipped) // 2], ["damaged or not a weights file"]),
         "noise.ckpt": (b"hello world" * 9, ["damaged or not a weights file"]),
-        "q.gguf": (b"GGUF" + b"\0" * 50, ["GGUF"]),
+        "q.gguf": (b"GGUF" + b"\0" * 50, ["GGUF weights are not read yet"]),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
@@ -360,6 +360,11 @@ def test_damaged_files_are_named(tensors, tmp_path):
         assert str(tmp_path / name) in message
         for word in words:
             assert word in message, (name, message)
+
+
+def test_a_folder_of_gguf_files(tmp_path):
+    (tmp_path / "Q4.gguf").write_bytes(b"GGUF")
+    assert "Q4.gguf: GGUF weights are not read yet" in error_of(read_tensors, tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -34,6 +34,7 @@ logger = logging.getLogger("selfsame")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 _WRAPPERS = ("state_dict", "model_state", "model", "module")
+_GGUF = "GGUF weights are not read yet; give safetensors, or the released files"
 _SHOWN = 3  # how many keys of each kind an error names
 
 
@@ -83,6 +84,8 @@ def weight_files(path: str | Path, *, hint: str = "") -> list[Path]:
             raise WeightsError(f"{path}: holds several weights files ({names}); name one of them")
         if files:
             return files
+    if found := sorted(path.glob("*.gguf")):
+        raise WeightsError(f"{found[0]}: {_GGUF}")
     raise WeightsError(_with_hint(f"{path}: no weights in this folder ({', '.join(SUFFIXES)})", hint))
 
 
@@ -153,7 +156,7 @@ def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor
     if start.lstrip()[:1] == b"<":
         raise WeightsError(_with_hint(f"{file}: a web page, not weights (a failed download)", hint))
     if start.startswith(b"GGUF"):
-        raise WeightsError(f"{file}: GGUF weights are not supported; use safetensors")
+        raise WeightsError(f"{file}: {_GGUF}")
     if file.suffix == ".safetensors" or start[8:9] == b"{":
         safetensors_header(file, hint)
         try:
