@@ -9,20 +9,24 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from errors import WeightsError
+from models.lora import read_lora
 from models.wan.checkpoint import (
     assign_tensors,
     convert_names,
     fingerprint,
     load_transformer,
     read_tensors,
+    safetensors_header,
     to_diffusers_name,
     to_original_name,
 )
 from models.wan.config import VARIANTS, WanConfig, detect_config, variant_name
 from models.wan.transformer import Prompt, WanTransformer
+from tests import tiny
 
 TINY = WanConfig(
     in_dim=16, dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, text_len=16, freq_dim=32
@@ -360,6 +364,83 @@ def test_damaged_files_are_named(tensors, tmp_path):
         assert str(tmp_path / name) in message
         for word in words:
             assert word in message, (name, message)
+
+
+def safetensors_file(header: object, data: int = 64, length: int | None = None) -> bytes:
+    """A file with this header (as JSON, or bytes as they are) and as many zeros after it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(data)
+
+
+def entry(begin: int = 0, end: int = 64, **changes) -> dict:
+    return {"dtype": "F32", "shape": [4, 4], "data_offsets": [begin, end]} | changes
+
+
+MALFORMED = {
+    "overlapping offsets": (safetensors_file({"a": entry(), "b": entry(32, 96)}, 96), "'b' overlaps"),
+    "a gap": (safetensors_file({"a": entry(), "b": entry(96, 160)}, 160), "32 bytes before it unused"),
+    "data before the first": (safetensors_file({"a": entry(32, 96)}, 96), "unused"),
+    "negative offsets": (safetensors_file({"a": entry(-64, 0)}, 0), "no list of natural numbers"),
+    "offsets that go back": (safetensors_file({"a": entry(64, 0)}), "no begin and end"),
+    "offsets that are no numbers": (safetensors_file({"a": entry(data_offsets=["0", True])}), "natural numbers"),
+    "three offsets": (safetensors_file({"a": entry(data_offsets=[0, 64, 64])}), "no begin and end"),
+    "another type": (safetensors_file({"a": entry(dtype="F33")}), "'F33'"),
+    "a type that is a list": (safetensors_file({"a": entry(dtype=["F32"])}), "is of type"),
+    "another shape": (safetensors_file({"a": entry(shape=[4, 5])}), "takes 80 bytes"),
+    "a negative shape": (safetensors_file({"a": entry(shape=[-4, -4])}), "shape of 'a'"),
+    "a shape that is a text": (safetensors_file({"a": entry(shape="44")}), "shape of 'a'"),
+    "a huge shape": (safetensors_file({"a": entry(shape=[2**62, 2**62])}), "bytes"),
+    "many dimensions": (safetensors_file({"a": entry(shape=[2**62] * 10_000)}), "10000 dimensions"),
+    "an entry that is a list": (safetensors_file({"a": [1]}), "the entry of 'a'"),
+    "an entry that is null": (safetensors_file({"a": None}), "the entry of 'a'"),
+    "an entry without offsets": (safetensors_file({"a": {"dtype": "F32", "shape": [4, 4]}}), "the entry of 'a'"),
+    "a list": (safetensors_file([entry()]), "no JSON object"),
+    "null": (safetensors_file(None), "no JSON object"),
+    "a huge header": (safetensors_file({"a": entry()}, length=2**63), "would take"),
+    "a long header": (safetensors_file({"a": entry()}, length=2**20), "truncated"),
+    "no UTF-8": (safetensors_file(b'{"\xff\xfe": {}}'), "utf-8"),
+    "no JSON": (safetensors_file(b"{'a': 1}"), "damaged safetensors header"),
+    "a name twice": (
+        safetensors_file(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' * 2 + b'"b":{}}', 0),
+        "damaged safetensors header",
+    ),
+    "the same name again": (
+        safetensors_file(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
+        "'a' is in it twice",
+    ),
+    "nested without end": (safetensors_file(b'{"a":' + b"[" * 100_000), "damaged safetensors header"),
+    "not a number": (safetensors_file(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,64]}}'), "shape of 'a'"),
+    "eight bytes": (bytes(8), "damaged safetensors header"),
+    "three bytes": (b"abc", "truncated"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_headers_are_one_line(tmp_path, kind):
+    content, word = MALFORMED[kind]
+    (tmp_path / "w.safetensors").write_bytes(content)
+    for read in (read_tensors, safetensors_header):
+        message = error_of(read, tmp_path / "w.safetensors")
+        assert message.startswith(str(tmp_path / "w.safetensors"))
+        assert word in message, message
+        assert "\n" not in message and len(message) < 600
+    with torch.device("meta"), pytest.raises(WeightsError, match="w.safetensors: "):
+        read_lora(tmp_path / "w.safetensors", tiny.transformer())
+
+
+def test_headers_as_they_should_be(tensors, tmp_path):
+    """Whatever safetensors writes is accepted: metadata, empty tensors, scalars, any order, every type."""
+    kinds = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8, torch.complex64]
+    written = {f"{kind}": torch.zeros(3, dtype=kind) for kind in kinds}
+    written |= {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 4), "none": torch.zeros(0)}
+    save_file(written, tmp_path / "w.safetensors", {"format": "pt"})
+    assert safetensors_header(tmp_path / "w.safetensors").keys() == written.keys() == read_tensors(tmp_path).keys()
+    length = 0x3C20  # its first bytes are " <", as a web page's
+    header = json.dumps({"a": entry()}).encode().ljust(length)
+    (tmp_path / "w.safetensors").write_bytes(safetensors_file(header))
+    assert read_tensors(tmp_path)["a"].shape == (4, 4)
+    save_file({}, tmp_path / "w.safetensors")
+    assert safetensors_header(tmp_path / "w.safetensors") == {}
 
 
 def test_a_folder_of_gguf_files(tmp_path):

@@ -153,7 +153,7 @@ def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor
         size = re.search(rb"size (\d+)", start)
         expected = f" of a file of {int(size[1])} bytes" if size else ""
         raise WeightsError(_with_hint(f"{file}: a git-lfs pointer{expected}, not the weights; run git lfs pull", hint))
-    if start.lstrip()[:1] == b"<":
+    if start.lstrip()[:1] == b"<" and b"\0" not in start[:8]:  # the length of a header may begin with a < as well
         raise WeightsError(_with_hint(f"{file}: a web page, not weights (a failed download)", hint))
     if start.startswith(b"GGUF"):
         raise WeightsError(f"{file}: {_GGUF}")
