@@ -103,6 +103,7 @@ def test_first_and_last_picture(tmp_path, pictures, flf2v):
 
 def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
     """One model makes videos from text, and from a picture that stays as it is."""
+    from models.wan.transformer import WanTransformer
     from models.wan.vae import detect_vae_config, diffusers_names
     from pipelines import text_to_video
 
@@ -111,17 +112,28 @@ def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
     shape = CONFIG["transformer"] | {"in_dim": 48, "out_dim": 48}
     defaults = {k: v for k, v in CONFIG["defaults"].items() if k != "ip_image"}
     config = write_config(tmp_path / "ti2v.yaml", CONFIG, shape, vae=vae, defaults=defaults)
-    finals = []
-    denoise = text_to_video.denoise
+    finals, told = [], []
+    denoise, forward = text_to_video.denoise, WanTransformer.forward
 
     def recorded(*args, **options):
         finals.append((options.get("pinned"), denoise(*args, **options)))
         return finals[-1][1]
 
+    def heard(model, hidden_states, timestep, *args, **options):
+        told.append(timestep)
+        return forward(model, hidden_states, timestep, *args, **options)
+
     monkeypatch.setattr(text_to_video, "denoise", recorded)
+    monkeypatch.setattr(WanTransformer, "forward", heard)
     make(tmp_path / "picture.mp4", "--config", config, "--image", pictures / "a.png")
     pinned, latents = finals[0]
     assert torch.equal(latents[:, :, :1], pinned.latents)
+    _, _, frames, height, width = latents.shape
+    for timestep in told:  # the picture is clean: its tokens are told so, and no others
+        of_frames = timestep.view(1, frames, height * width // 4)
+        assert (of_frames[:, 0] == 0).all()
+        assert (of_frames[:, 1:] == of_frames[:, -1:, -1:]).all() and of_frames[0, -1, -1] > 0
+    assert len({timestep.max().item() for timestep in told}) > 1
     flags = [f for f in SMALL if f != "x"]
     infer.main(infer.parse_args([*flags, "x", "--config", str(config), "--output", str(tmp_path / "text.mp4")]))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import infer_long_video
@@ -12,7 +13,10 @@ from errors import InputError, UsageError, WeightsError
 from models.multitalk import MultiTalk
 from models.pose_embedder import KEY
 from models.wan.transformer import WanTransformer
+from pipelines import dance
 from pipelines.clip_plan import pose_indices
+from pipelines.distributed import Processes
+from pipelines.long_video import LongVideoMaker
 from pipelines.long_video_settings import LongVideoSettings, resolve_long_video
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
 from pipelines.video_file import read_metadata, write_video
@@ -198,6 +202,26 @@ def test_more_clips_than_poses_start_over(poses, caplog):
     assert "--num_clips 4: the poses last for 3; then they start over" in caplog.text
     *_, last = settings.clips(seed=0)
     assert pose_indices(last, CLIP, NUM_POSES) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("more", "read"),
+    [(("--num_clips", 4), [4, 5, 6, 7, 8, 9, 10, 11, 12]), ((), [16, 17, 18, 19, 19, 19, 19, 19, 19])],
+    ids=["start over", "are held"],
+)
+def test_poses_that_the_last_clip_is_given(poses, monkeypatch, more, read):
+    """Beyond the end of the poses: they start over in a longer video, and are held where the video ends with them."""
+    args = infer_long_video.parse_args([*SMALL, "--variant", "dance", "--pose_path", str(poses), *map(str, more)])
+    settings, config, picture = resolve_long_video(args)
+    wan = dance.DanceWan(settings, config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
+    maker = dance.DanceMaker(wan, {}, picture)
+    given, read_poses = [], dance.read_poses
+    monkeypatch.setattr(LongVideoMaker, "prepare_condition", lambda *_, **__: None)  # the pictures are not looked at
+    monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
+    for clip in settings.clips(seed=0):
+        maker.prepare_condition(clip, None, is_last=False)
+    assert given[0] == list(range(CLIP))
+    assert given[-1] == read
 
 
 def test_the_last_pose_is_held_in_frames_that_are_cut_off(poses):
