@@ -20,7 +20,6 @@ from configs import load_config, part_path
 from errors import ResourceError, UserError, WeightsError
 from models.audio_adapter import AudioAdapter, load_audio_avatar
 from models.audio_encoder import AudioEncoder, load_audio_encoder
-from models.wan.checkpoint import fingerprint
 from models.wan.schedulers import make_solver
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
 from models.wan.transformer import Prompt, WanTransformer
@@ -81,12 +80,6 @@ class AvatarWan(Wan):
         for path in (self.transformer_path(0), self.audio_encoder_path, self.base_path):
             if not path.exists():
                 raise WeightsError(f"{path}: no such weights; {self.hint(self.config)}")
-
-    def fingerprints(self) -> dict[str, str]:
-        files = super().fingerprints()
-        if not self.is_tiny:
-            files[str(self.audio_encoder_path)] = fingerprint(self.audio_encoder_path)
-        return files
 
     def adapter_bytes(self) -> int:
         """What the adapter adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""
@@ -217,7 +210,7 @@ class AvatarMaker(VideoMaker):
 
     def open_state(self, job: Job, metadata: dict) -> AvatarState:
         shape = (self.num_latents, self.wan.transformer_config.out_dim, *self.grid)
-        return AvatarState(job.output, metadata, shape, self.wan.processes)
+        return AvatarState(job.output, self.progress(metadata), shape, self.wan.processes)
 
     def noise(self, job: Job) -> Iterator[Tensor]:
         """Latent frame by latent frame, so that no length is too long, and a longer sound begins with the same."""

@@ -5,8 +5,8 @@ of the windows that the present step has done so far (`.windowN.state.safetensor
 that an hour of video takes no more memory than a minute; a step's new ones are written beside and renamed.
 """
 
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,10 @@ from torch import Tensor
 from errors import ResourceError
 from pipelines.denoise import Step
 from pipelines.distributed import Processes
-from pipelines.job_state import JobState, digest_of, logger
+from pipelines.job_state import JobState, Progress, logger
+from preprocess.output import allocate, create_empty, put_in_place
+
+UNSEALED = "0" * 64  # a checksum's place in the header while the values are written
 
 
 def create_on_disk(path: Path, shape: Sequence[int], metadata: dict[str, str]) -> Tensor:
@@ -33,13 +36,30 @@ def create_on_disk(path: Path, shape: Sequence[int], metadata: dict[str, str]) -
     header = json.dumps({"__metadata__": metadata, "tensor": entry}).encode()
     header += b" " * (-len(header) % 8)
     try:
-        with open(path, "wb") as file:
+        create_empty(path)
+        with open(path, "rb+") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for start in range(0, size, 2**20):
-                file.write(bytes(min(2**20, size - start)))
+            file.flush()
+            allocate(file.fileno(), 8 + len(header) + size)
     except OSError as error:
         raise ResourceError(f"{path}: {error.strerror} ({size / 2**20:.0f} MiB of latents); make room there") from error
     return map_file(path, shape)
+
+
+def checksum_of(tensor: Tensor) -> str:
+    """SHA-256 of the values, read piece by piece."""
+    digest = hashlib.sha256()
+    for part in tensor:
+        digest.update(part.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def seal(path: Path, tensor: Tensor) -> None:
+    """Put the checksum of the finished values into their file's header."""
+    with open(path, "rb+") as file:
+        header = file.read(8 + int.from_bytes(file.read(8), "little"))
+        file.seek(8 + header.index(UNSEALED.encode()))
+        file.write(checksum_of(tensor).encode())
 
 
 def open_on_disk(path: Path) -> tuple[Tensor, dict[str, str]] | None:
@@ -66,7 +86,7 @@ class AvatarState:
 
     Args:
         output: the video's path.
-        identity: everything that decides the video's content; a saved state counts only if it was made with the same.
+        identity: see `job_state.Progress`; a saved state counts only under the same.
         shape: of the latents, (F, C, h, w): a window's frames lie together in the file.
         processes: all have the latents; the first process's are what a later run goes on from.
     """
@@ -74,7 +94,7 @@ class AvatarState:
     def __init__(self, output: Path, identity: dict, shape: tuple[int, int, int, int], processes: Processes):
         self.folder = output.with_name(f".{output.stem}.state")
         self.identity, self.shape, self.processes = identity, shape, processes
-        self.digest = digest_of(identity)
+        self.progress = Progress(identity)
         self.path = self.folder / ("latents" + (f".{processes.rank}" if processes.rank else "") + ".safetensors")
         self.part = self.path.with_suffix(".part")
         self.latents: Tensor | None = None  # after the last finished step
@@ -112,22 +132,24 @@ class AvatarState:
         if found is None:
             return 0
         latents, metadata = found
-        if metadata["digest"] != self.digest or tuple(latents.shape) != self.shape:
+        if not self.progress.counts(metadata or {}) or tuple(latents.shape) != self.shape:
             logger.warning("%s belongs to a run with other settings; starting from the first step", self.folder)
+            return 0
+        if metadata["checksum"] != checksum_of(latents):
+            logger.warning("%s is damaged (its checksum is another); starting from the first step", self.path)
             return 0
         self.latents = latents
         return int(metadata["step"]) + 1
 
     def begin(self, step: int) -> Tensor:
         """Where this step's latents go, (F, C, h, w), to be filled and then committed."""
-        self._target = create_on_disk(self.part, self.shape, {"digest": self.digest, "step": str(step)})
+        self._target = create_on_disk(self.part, self.shape, self.progress.as_metadata(step) | {"checksum": UNSEALED})
         return self._target
 
     def commit(self) -> None:
         """The step is finished: its latents are the ones to go on from."""
-        with open(self.part, "rb+") as file:
-            os.fsync(file.fileno())  # mapped pages too
-        self.part.replace(self.path)
+        seal(self.part, self._target)
+        put_in_place((self.part, self.path))  # synced, mapped pages too
         self.latents, self._target = self._target, None
 
     # ----------------------------------------------------------------------------------------- windows of one step

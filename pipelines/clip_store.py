@@ -8,18 +8,16 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import ResourceError
 from pipelines.clip_plan import Clip
-from pipelines.job_state import JobState, digest_of
+from pipelines.job_state import JobState, Progress, load_state, save_state
+from pipelines.record import hash_of_file
 
 logger = logging.getLogger("selfsame")
 
@@ -29,14 +27,17 @@ class ClipStore:
 
     Args:
         output: the video's path.
-        identity: all that decides the content of every clip, beside the plan. Finished clips count only under the same,
-            and only as far as the plan is still what it was: later prompts may change between runs.
+        identity: all that decides the latents of every clip, beside the plan (`job_state.Progress`). Finished clips
+            count only under the same, and only as far as the plan is still what it was: later prompts may change
+            between runs, and so may how clips are decoded.
         clips: the plan.
     """
 
     def __init__(self, output: Path, identity: dict, clips: Sequence[Clip]):
         self.folder = output.with_name(f".{output.stem}.clips")
-        self.identity = digest_of(identity)
+        self.handed = self.folder / "handed.safetensors"
+        self.identity = identity
+        self.digest = Progress(identity).of_denoised
         self.clips = clips
 
     def path(self, clip: Clip) -> Path:
@@ -48,31 +49,28 @@ class ClipStore:
 
     def state(self, clip: Clip) -> JobState:
         """The saved steps of a clip."""
-        return JobState(self.path(clip), {"identity": self.identity, "clips": self._described(clip.index + 1)})
+        return JobState(self.path(clip), self.identity | {"clips": self._described(clip.index + 1)})
 
     def load(self) -> tuple[int, Tensor | None]:
         """How many clips are finished, and what they hand to the next one; of another run's clips none."""
-        file = self.folder / "handed.safetensors"
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ResourceError(f"{self.folder}: cannot be made ({error.strerror})") from error
-        if not file.is_file():
+        found = load_state(self.handed, "starting from the first clip")
+        if found is None:
             return 0, None
-        try:
-            with safe_open(file, "pt") as opened:
-                metadata, handed = opened.metadata(), opened.get_tensor("handed")
-            done = json.loads(metadata["clips"])
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s); starting from the first clip", file, error)
-            return 0, None
-        if metadata["identity"] != self.identity or done != self._described(len(done)):
+        tensors, metadata = found
+        done = json.loads(metadata.get("clips", "[]"))
+        if metadata.get("identity") != self.digest or done != self._described(len(done)):
             logger.warning("%s are clips of a run with other settings; starting from the first clip", self.folder)
             return 0, None
-        if missing := [path for path in self.paths[: len(done)] if not path.is_file()]:
-            logger.warning("%s is missing; starting from the first clip", missing[0])
-            return 0, None
-        return len(done), handed
+        for path, made in zip(self.paths, json.loads(metadata["videos"]), strict=False):
+            if not path.is_file() or hash_of_file(path) != made:
+                word = "is damaged" if path.is_file() else "is missing"
+                logger.warning("%s %s; starting from the first clip", path, word)
+                return 0, None
+        return len(done), tensors["handed"]
 
     def finish(self, clip: Clip, handed: Tensor) -> None:
         """Record that a clip's video is in place, and what the next one is given.
@@ -80,15 +78,11 @@ class ClipStore:
         Raises:
             ResourceError: the disk is full.
         """
-        part = self.folder / "handed.part"
-        metadata = {"identity": self.identity, "clips": json.dumps(self._described(clip.index + 1))}
-        try:
-            save_file({"handed": handed.to("cpu", copy=True).contiguous()}, part, metadata)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.folder / "handed.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise ResourceError(f"{part}: cannot be saved ({error}); make room and repeat the command") from error
+        videos = [hash_of_file(path) for path in self.paths[: clip.index + 1]]
+        clips = json.dumps(self._described(clip.index + 1))
+        save_state(
+            self.handed, {"handed": handed}, {"identity": self.digest, "clips": clips, "videos": json.dumps(videos)}
+        )
         self.state(clip).remove()
 
     def remove(self) -> None:

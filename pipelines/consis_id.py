@@ -37,16 +37,17 @@ from models.identity.consis_id import (
     read_json,
     split_config,
 )
-from models.wan.checkpoint import assign_tensors, fingerprint, read_tensors
+from models.wan.checkpoint import assign_tensors, read_tensors
 from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_networks, prepare_face
 from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.memory import check_memory, free_cached, offload_groups, stage
-from pipelines.settings import describe_run
+from pipelines.record import describe_run
 from pipelines.text_to_video import ProgressBar
 from pipelines.video_file import VideoWriter
 from pipelines.wan import DTYPES
+from pipelines.weights import WeightsFile
 from preprocess.image import write_png
 from preprocess.keypoints import draw_keypoints
 
@@ -99,6 +100,18 @@ class ConsisID:
         config = read_json(self.transformer_path / "config.json", self.hint)
         self.check_size(config)
         check_memory(self.settings, self.estimate_device_bytes(config), self.device)
+
+    def weights(self) -> list[WeightsFile]:
+        """All that is read, without the networks of the face."""
+        parts = {"transformer": self.transformer_path} | {part: self.base_path / part for part in PARTS}
+        return [WeightsFile(name, "--base_path", path) for name, path in parts.items()]
+
+    def describe(self, prompt: str, seed: int) -> dict:
+        """The record of one video, as far as it is known before anything is read."""
+        return describe_run(self.settings, prompt, seed, self.config, self.weights()) | {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def check_size(self, config: dict) -> None:
         """Positions limit what a checkpoint can make."""
@@ -279,11 +292,8 @@ class ConsisIDMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
-        return describe_run(self.settings, job.prompt, job.seed) | {
-            "weights": {str(self.model.transformer_path): fingerprint(self.model.transformer_path)},
-            "faces": {self.settings.ip_image[0]: hashlib.sha256(self.face.picture.tobytes()).hexdigest()},
-            "device": self.model.device.type,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+        return self.model.describe(job.prompt, job.seed) | {
+            "faces": {self.settings.ip_image[0]: hashlib.sha256(self.face.picture.tobytes()).hexdigest()}
         }
 
 

@@ -20,7 +20,7 @@ from errors import InputError
 from pipelines.conditions import cover_resize
 from pipelines.distributed import choose_device
 from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
-from pipelines.instant_id import FaceGuide, PictureMaker, check_files, guide_face, weights_of
+from pipelines.instant_id import FaceGuide, PictureMaker, check_files, describe_picture, guide_face
 from pipelines.instant_id_settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
@@ -63,7 +63,7 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
             "the first frame's face will be %.0f pixels high: below %d likeness drifts; %s",
             *(face_height, SMALLEST_FACE, "give a closer --pose_image" if picture.pose_image else f"raise {where}"),
         )
-    if is_left(path, picture, guide, weights_of(picture, config), (settings.height, settings.width)):
+    if is_left(path, picture, config, guide, (settings.height, settings.width)):
         logger.info("%s is used again", path)
         return read_image(path)
 
@@ -83,25 +83,17 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
 
 
 def is_left(
-    path: Path, settings: InstantIdSettings, guide: FaceGuide, weights: dict[str, str], size: tuple[int, int]
+    path: Path, settings: InstantIdSettings, config: dict, guide: FaceGuide, size: tuple[int, int]
 ) -> bool:
     """Whether this very first frame is there already, whichever of the allowed seeds it took."""
     try:
         record = read_picture_metadata(path)
     except InputError:
         return False
-    made, wanted = record["settings"], settings.as_dict()
-    ignored = ("seed", "output", "overwrite", "device", "memory")
-    same = all(made.get(name) == as_json(value) for name, value in wanted.items() if name not in ignored)
     seeds = range(settings.seed[0], settings.seed[0] + settings.max_retries + 1)
+    wanted = [describe_picture(settings, config, settings.prompt[0], seed)["content"] for seed in seeds]
     return (
-        same
-        and made["seed"][0] in seeds
-        and record["weights"] == weights
-        and record["face"] == guide.as_dict()
+        record.get("content") in wanted
+        and record.get("face") == guide.as_dict()
         and record.get("cropped_to") == list(size)
     )
-
-
-def as_json(value):
-    return list(value) if isinstance(value, tuple) else value

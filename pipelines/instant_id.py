@@ -24,7 +24,7 @@ from models.identity.instant_id import (
     read_face_adapter,
 )
 from models.prompt_weighting import weighted_embeddings
-from models.wan.checkpoint import fingerprint, read_tensors
+from models.wan.checkpoint import read_tensors
 from pipelines.conditions import cover_resize
 from pipelines.instant_id_settings import (
     FACE_CENTRE,
@@ -37,8 +37,9 @@ from pipelines.instant_id_settings import (
 from pipelines.jobs import Job
 from pipelines.memory import free_cached, place_pipeline, stage
 from pipelines.picture_file import write_picture
-from pipelines.settings import describe_run
+from pipelines.record import describe_run
 from pipelines.wan import DTYPES
+from pipelines.weights import WeightsFile
 from preprocess.face import choose_face
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face, resize_picture
@@ -206,15 +207,21 @@ def sdxl_files(path: Path) -> list[Path]:
     return [file for file in sorted(path.glob("*/*.safetensors")) if (".fp16." in file.name) == half]
 
 
-def weights_of(settings: InstantIdSettings, config: dict) -> dict[str, str]:
-    """What identifies the weights, for the metadata."""
-    files = [
-        *sdxl_files(sdxl_path(settings, config)),
-        *(controlnet_weights(folder) for folder in (identity_net_path(settings, config), *settings.controlnet)),
-        face_adapter_path(settings, config),
-        *([lcm_path(settings)] if settings.lcm else []),
+def weights_of(settings: InstantIdSettings, config: dict) -> list[WeightsFile]:
+    """All that is read."""
+    parts = [
+        *(("SDXL", "--sdxl_path", file) for file in sdxl_files(sdxl_path(settings, config))),
+        ("IdentityNet", "--instantid_path", controlnet_weights(identity_net_path(settings, config))),
+        *(("ControlNet", "--controlnet", controlnet_weights(folder)) for folder in settings.controlnet),
+        ("face adapter", "--instantid_path", face_adapter_path(settings, config)),
+        *([("LCM LoRA", "--lcm_lora_path", lcm_path(settings))] if settings.lcm else []),
     ]
-    return {str(file): fingerprint(file) for file in files}
+    return [WeightsFile(name, flag, Path(file)) for name, flag, file in parts]
+
+
+def describe_picture(settings: InstantIdSettings, config: dict, prompt: str, seed: int) -> dict:
+    """The record of one picture, as far as it is known before anything is read."""
+    return describe_run(settings, prompt, seed, config, weights_of(settings, config))
 
 
 def use_lcm(pipeline: DiffusionPipeline, path: Path) -> None:
@@ -258,7 +265,6 @@ class PictureMaker:
             for picture in settings.control_image
         ]
         self.pipeline = load_instant_id(settings, config, self.device)
-        self.weights = weights_of(settings, config)
 
     def make(self, job: Job) -> Path:
         """Sample the picture and write it, whole or not at all."""
@@ -299,8 +305,7 @@ class PictureMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this picture this picture: enough to make it again. `settings` is what --config accepts."""
-        return describe_run(self.settings, job.prompt, job.seed) | {
-            "weights": self.weights,
+        return describe_picture(self.settings, self.config, job.prompt, job.seed) | {
             "face": self.guide.as_dict(),
             "size": {"height": self.guide.size[0], "width": self.guide.size[1]},
             "scheduler": type(self.pipeline.scheduler).__name__,

@@ -1,28 +1,93 @@
 """What a job needs to go on after a crash: its latents and the solver's history, saved after every step.
 
 Saved as safetensors beside the output (`.NAME.state.safetensors`), written beside and renamed, removed when the video
-is whole. A state of other settings is never used.
+is whole. A state counts only if it was made from the same content (`record.progress_of`) and no bit of it changed.
 """
 
 import hashlib
 import json
 import logging
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import ResourceError
 from pipelines.denoise import Step
+from pipelines.record import digest_of
+from preprocess.output import whole_file
 
 logger = logging.getLogger("selfsame")
 
 
-def digest_of(identity: dict) -> str:
-    """One short value for everything that decides a video's content."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state whole, or leave the one that is there.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    # A copy each: entries may share memory (the last sample is also the solver's), which the format refuses.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    try:
+        with whole_file(path) as part:
+            save_file(tensors, part, dict(metadata) | {"checksum": checksum(tensors, metadata)})
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{path}: cannot be saved ({error}); make room and repeat the command") from error
+
+
+def load_state(path: Path, otherwise: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a state; None where there is none, or with a word about it, none that can be trusted.
+
+    Args:
+        otherwise: what is done then, for that word.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.pop("checksum", None) != checksum(tensors, metadata):
+            raise OSError("its checksum is another")
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged (%s); %s", path, error, otherwise)
+        return None
+    return tensors, metadata
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Progress:
+    """What a state must have been made from to count.
+
+    Args:
+        identity: everything that decides the latents (`record.progress_of`). What is under its key "encoding", how
+            pictures were encoded, does not count once all of its "num_steps" are done: nothing is left but to decode
+            them, and that may be done in another way than the one that ran out of memory.
+    """
+
+    def __init__(self, identity: dict):
+        self.digest = digest_of(identity)
+        self.of_denoised = digest_of({name: value for name, value in identity.items() if name != "encoding"})
+        self.num_steps = identity.get("num_steps")
+
+    def as_metadata(self, step: int) -> dict[str, str]:
+        return {"digest": self.digest, "of_denoised": self.of_denoised, "step": str(step)}
+
+    def counts(self, metadata: Mapping[str, str]) -> bool:
+        is_denoised = self.num_steps is not None and metadata.get("step") == str(self.num_steps - 1)
+        return metadata.get("digest") == self.digest or (
+            is_denoised and metadata.get("of_denoised") == self.of_denoised
+        )
 
 
 class JobState:
@@ -30,12 +95,12 @@ class JobState:
 
     Args:
         output: the video's path.
-        identity: everything that decides the video's content; a saved state counts only if it was made with the same.
+        identity: see `Progress`.
     """
 
     def __init__(self, output: Path, identity: dict):
         self.path = output.with_name(f".{output.stem}.state.safetensors")
-        self.digest = digest_of(identity)
+        self.progress = Progress(identity)
 
     def save(self, step: Step) -> None:
         """Record that the steps up to and including this one are done.
@@ -53,35 +118,18 @@ class JobState:
                 tensors |= {f"solver.{name}.{i}": tensor for i, tensor in enumerate(value)}
             else:
                 plain[name] = value
-        metadata = {"digest": self.digest, "step": str(step.index), "solver": json.dumps(plain)}
-        part = self.path.with_suffix(".part")
-        # A copy each: entries may share memory (the last sample is also the solver's), which the format refuses.
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(tensors, part, metadata)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            raise ResourceError(f"{self.path}: cannot be saved ({error}); make room and repeat the command") from error
-        finally:
-            part.unlink(missing_ok=True)  # of a save that was interrupted
+        save_state(self.path, tensors, self.progress.as_metadata(step.index) | {"solver": json.dumps(plain)})
 
     def load(self, solver: dict) -> tuple[int, Tensor, dict] | None:
         """(next step, sample, solver history) of an interrupted run with the same settings, on the CPU; or None.
 
         `solver` is the history of a fresh solver: it tells which entries are lists.
         """
-        if not self.path.is_file():
+        found = load_state(self.path, "starting from the first step")
+        if found is None:
             return None
-        try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s); starting from the first step", self.path, error)
-            return None
-        if metadata["digest"] != self.digest:
+        tensors, metadata = found
+        if not self.progress.counts(metadata):
             logger.warning("%s belongs to a run with other settings; starting from the first step", self.path)
             return None
         plain = json.loads(metadata["solver"])

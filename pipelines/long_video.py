@@ -128,7 +128,7 @@ class LongVideoMaker(VideoMaker):
         self.use_svi(True)
         clips = settings.clips(job.seed)
         metadata = self.metadata(job)
-        store = ClipStore(job.output, self.content(metadata), clips)
+        store = ClipStore(job.output, self.progress(metadata), clips)
         writer = VideoWriter(
             job.output,
             fps=settings.fps,
@@ -217,17 +217,17 @@ class LongVideoMaker(VideoMaker):
 
     # -------------------------------------------------------------------------------------------------- metadata
 
-    def content(self, metadata: dict) -> dict:
-        """What decides every clip's content, beside the plan; further clips and other prompts may follow later."""
+    def progress(self, metadata: dict) -> dict:
+        """What decides every clip's latents, beside the plan; further clips and other prompts may follow later."""
         without = ["prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"]
-        without += ["video_frames", "memory", "no_drift_report"]
+        without += ["video_frames"]
         without += [] if self.end is not None else ["num_clips"]  # which clip is the last one is seen in its frames
-        settings = {name: value for name, value in metadata["settings"].items() if name not in without}
-        return metadata | {"settings": settings, "clips": None}
+        progress = super().progress(metadata)
+        settings = {name: value for name, value in progress["settings"].items() if name not in without}
+        return progress | {"settings": settings, "clips": None}
 
     def metadata(self, job: Job) -> dict:
         metadata = super().metadata(job)
-        metadata["settings"]["prompt"] = self.settings.prompt
         clips = self.settings.clips(job.seed)
         lengths = [len(clip.kept) for clip in clips]
         before = [self.existing.info.num_frames] if self.existing is not None else [0]

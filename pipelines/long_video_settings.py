@@ -97,6 +97,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
+    prompts_are_clips: ClassVar[bool] = True  # of one video
 
     ip_image: tuple[str, ...] = ()
     variant: str = "shot"
@@ -125,6 +126,11 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         released = variant_config(self.variant)
         names = f"{released['base']['base']['name']} {released['name']}"
         return f"python download_models.py --only {names}, then add --variant {self.variant}"
+
+    @property
+    def clip_rules(self) -> dict:
+        """What the variant's config says of its clips, for the record."""
+        return variant_config(self.variant)["svi"]
 
     @property
     def driven_by(self) -> str | None:

@@ -9,7 +9,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
-from pipelines.video_file import cannot_write, put_in_place, sidecar_path, to_json
+from pipelines.record import whole_record, without_folders
+from pipelines.video_file import cannot_write, read_record, sidecar_path, to_json, write_new
+from preprocess.output import create_empty, part_of, put_in_place
 
 TEXT_CHUNK = "Comment"  # of PNG's registered keywords
 
@@ -21,11 +23,12 @@ def write_picture(path: Path, picture: numpy.ndarray, metadata: dict) -> None:
         ResourceError: the disk is full.
     """
     chunks = PngInfo()
-    chunks.add_itxt(TEXT_CHUNK, to_json(metadata).decode())
-    part, sidecar_part = (path.with_name(f".{path.stem}.part{suffix}") for suffix in (".png", ".json"))
+    chunks.add_itxt(TEXT_CHUNK, to_json(without_folders(metadata)).decode())
+    part, sidecar_part = part_of(path, "png"), part_of(path, "json")
     try:
+        create_empty(part)
         Image.fromarray(numpy.ascontiguousarray(picture)).save(part, format="PNG", pnginfo=chunks)
-        sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
+        write_new(sidecar_part, to_json(metadata, indent=2) + b"\n")
         put_in_place((sidecar_part, sidecar_path(path)), (part, path))
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -35,12 +38,13 @@ def write_picture(path: Path, picture: numpy.ndarray, metadata: dict) -> None:
 
 
 def read_picture_metadata(path: Path) -> dict:
-    """What made the picture: from its text chunk.
+    """What made the picture: the record beside it, if it is this picture's, where paths are whole; else its text.
 
     Raises:
         InputError: not a picture, or one without such a record.
     """
     with contextlib.suppress(OSError, ValueError, KeyError), Image.open(path) as picture:
         picture.load()  # text may stand behind the pixels
-        return json.loads(picture.text[TEXT_CHUNK])
+        inside = json.loads(picture.text[TEXT_CHUNK])
+        return whole_record(inside, read_record(sidecar_path(path)))
     raise InputError(f"{path} carries no record of what made it")

@@ -4,11 +4,9 @@ Every value has one home: what depends on the model is in configs/, the rest is 
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import math
-import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from configs import load_config
 from errors import InputError, UsageError, WeightsError
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.tea_cache import COEFFICIENTS
+from pipelines.record import OF_ONE_RUN
 from pipelines.weights import find_gguf
 from preprocess.prompts import read_prompts
 
@@ -58,8 +57,6 @@ BOUNDS = {
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
-# Not kept in a run's JSON, nor taken from one: they say where and how to write, not what.
-OF_ONE_RUN = ("output", "overwrite", "preview")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,17 +256,6 @@ def _default_config(given: dict, wan_version: str | None) -> str:
     if wan_version is not None:
         return f"stand-in-wan{wan_version}"
     return "stand-in-wan2.1" if "base_path" in given or "stand_in_path" in given else "tiny"
-
-
-def describe_run(settings: Kind, prompt: str, seed: int) -> dict:
-    """What every output's record has: the settings of this one output, as --config accepts them, and the versions."""
-    values = dataclasses.replace(settings, prompt=(prompt,), seed=(seed,)).as_dict()
-    return {
-        "made_by": "Selfsame",
-        "settings": {name: value for name, value in values.items() if name not in OF_ONE_RUN},
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
-    }
 
 
 def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:

@@ -15,7 +15,6 @@ from configs import load_config, part_path
 from errors import WeightsError
 from models.audio_encoder import load_audio_encoder
 from models.multitalk import MultiTalk, load_multitalk
-from models.wan.checkpoint import fingerprint
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
 from pipelines.audio_guidance import UNCONDITIONAL, branch_prompts, three_branch
@@ -74,10 +73,6 @@ class TalkWan(Wan):
         with torch.device("meta"):
             layers = MultiTalk(shape.dim, shape.num_heads, shape.num_layers)
         return sum(p.numel() for p in layers.parameters()) * (1 if self.settings.fp8 else self.dtype.itemsize)
-
-    def fingerprints(self) -> dict[str, str]:
-        paths = (self.multitalk_path, self.audio_encoder_path)
-        return super().fingerprints() | {str(path): fingerprint(path) for path in paths if path is not None}
 
     def encode_speech(self, samples: numpy.ndarray, num_frames: int) -> Tensor:
         """The speech (N,) at 16 kHz as hidden states (F, 12, 768), one entry a video frame: bfloat16 on the CPU, as the

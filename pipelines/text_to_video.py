@@ -24,7 +24,8 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError,
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import is_out_of_memory, next_mode, stage
-from pipelines.settings import Settings, describe_run
+from pipelines.record import progress_of
+from pipelines.settings import Settings
 from pipelines.video_file import VideoWriter, frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import FaceImage, load_parser, prepare_face
@@ -130,7 +131,7 @@ class VideoMaker:
 
     def open_state(self, job: Job, metadata: dict) -> JobState:
         """Where the progress of a video is kept."""
-        return JobState(job.output, metadata)
+        return JobState(job.output, self.progress(metadata))
 
     def denoise(self, job: Job, state: JobState) -> Tensor:
         """Noise to clean latents, from where an interrupted run stopped; with less memory after running out of it."""
@@ -314,17 +315,17 @@ class VideoMaker:
 
     def metadata(self, job: Job) -> dict:
         """What makes this video this video: enough to make it again. `settings` is what --config accepts."""
-        return describe_run(self.settings, job.prompt, job.seed) | {
-            "weights": self.wan.fingerprints(),
+        return self.wan.describe(job.prompt, job.seed) | {
             "faces": dict(
                 zip(self.settings.stand_in_photos, self.face_hashes, strict=True)
             ),  # sha256 of the prepared pixels
-            "untrained": self.wan.is_tiny,
             "sigmas": [round(sigma, 6) for sigma in self.schedule.sigmas.tolist()],
-            "device": self.wan.device.type,
-            "dtype": str(self.wan.dtype).removeprefix("torch."),
-            "vae_dtype": str(self.wan.vae_dtype).removeprefix("torch."),
         }
+
+    def progress(self, metadata: dict) -> dict:
+        """What of the metadata decides the latents: saved progress counts only under the same."""
+        progress = progress_of(metadata, self.wan.weights(), self.wan.encodes_pictures)
+        return progress | {"num_steps": self.schedule.num_steps}
 
 
 class ProgressBar:

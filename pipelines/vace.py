@@ -16,7 +16,7 @@ from torch import Tensor
 from configs import load_config
 from errors import WeightsError
 from models.vace import VaceBranch, load_vace
-from models.wan.checkpoint import fingerprint, weight_files
+from models.wan.checkpoint import weight_files
 from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.control_video import VaceSettings, Window, plan_windows, read_mask, spread_frames
@@ -132,13 +132,6 @@ class VaceWan(Wan):
     def encodes_pictures(self) -> bool:
         return True
 
-    def fingerprints(self) -> dict[str, str]:
-        files = super().fingerprints()
-        if self.settings.base_path is not None:
-            with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
-                files[str(self.base_path)] = fingerprint(self.base_path)
-        return files
-
     def branch_bytes(self) -> int:
         """What the branch adds to the device memory, by its memory mode (see `estimate_device_bytes`): its weights, and
         its keys and values of two prompts.
@@ -195,7 +188,8 @@ class VaceMaker(VideoMaker):
         """As `VideoMaker.make`, window by window. A finished window's latents are kept until the video is whole."""
         started = time.monotonic()
         metadata = self.metadata(job)
-        states = [self.state(job, metadata, number) for number in range(len(self.windows))]
+        progress = self.progress(metadata)
+        states = [self.state(job, progress, number) for number in range(len(self.windows))]
         writes = self.wan.processes.writes
         writer = VideoWriter(job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=metadata)
         with writer if writes else contextlib.nullcontext():
@@ -220,11 +214,11 @@ class VaceMaker(VideoMaker):
             logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
-    def state(self, job: Job, metadata: dict, number: int) -> JobState:
+    def state(self, job: Job, progress: dict, number: int) -> JobState:
         """The saved progress of one window."""
         if len(self.windows) == 1:
-            return JobState(job.output, metadata)
-        return JobState(job.output.with_stem(f"{job.output.stem}.window{number}"), metadata | {"window": number})
+            return JobState(job.output, progress)
+        return JobState(job.output.with_stem(f"{job.output.stem}.window{number}"), progress | {"window": number})
 
     def encode(self, window: Window, known: numpy.ndarray | None) -> Tensor:
         """The control context of one window, (1, 96, R + F, h, w)."""

@@ -26,7 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError
+from pipelines.record import whole_record, without_folders
 from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, probe_streams, readable_file, reasons, run_ffmpeg
+from preprocess.output import create_empty, part_of, put_in_place
 from preprocess.video import probe
 
 try:
@@ -67,7 +69,8 @@ class VideoWriter:
         fps: frames per second, 0.1 to 1000 (23.976 is kept as 2997/125).
         quality: 1 (smallest) to 10 (best). imageio's rule for libx264, crf = int((1 - quality / 10) * 51), except that
             10 gives crf 1: crf 0 is lossless, an H.264 profile that browsers and most players do not decode.
-        metadata: JSON-like dict of what made the video. Goes into the mp4's comment tag and, indented, into NAME.json.
+        metadata: JSON-like dict of what made the video. Goes into NAME.json, indented, and into the mp4's comment tag,
+            there without the folders of the files it names (`without_folders`).
             What JSON does not know (a path, a dtype) is stored as its `str`.
         audio_path: a file whose first audio stream becomes the sound: encoded as AAC, cut to the video's length or
             padded with silence.
@@ -99,39 +102,66 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator()
         self.crf = max(int((1 - quality / 10) * 51), 1)
         self._ffmpeg = None
-        self.metadata_json = None
+        self.metadata: dict | None = None
         if metadata is not None:
             self.describe(metadata)  # now, so that a bad value fails early
         self.audio_path, self.audio_start = audio_path, audio_start
         self.num_frames = 0
         self.width = self.height = None  # of the file, known from the first frames on
         self._given_size = None  # (height, width) of the frames; the file's may be one larger
-        self.part = self.path.with_name(f".{self.path.stem}.part.mp4")
-        self.sound_part = self.path.with_name(f".{self.path.stem}.part.sound.mp4")
-        self.sidecar = sidecar_path(self.path)
-        self.sidecar_part = self.path.with_name(f".{self.path.stem}.part.json")
+        self.part, self.sound_part = part_of(self.path, "mp4"), part_of(self.path, "sound.mp4")
+        self.sidecar, self.sidecar_part = sidecar_path(self.path), part_of(self.path, "json")
+        self.comment, self.list = part_of(self.path, "ffmetadata"), part_of(self.path, "ffconcat")
 
     def __enter__(self):
         self._resources = contextlib.ExitStack()
         try:
-            lock = os.open(self.part, os.O_CREAT | os.O_RDWR, 0o666)  # also what a killed run left
-            self._resources.callback(os.close, lock)
+            self._lock()
+            for part in (self.sound_part, self.sidecar_part, self.comment, self.list):  # of a killed run
+                part.unlink(missing_ok=True)
         except OSError as error:
+            self._resources.close()
             raise cannot_write(self.path, error) from None
-        if fcntl is not None:
+        except UsageError:
+            self._resources.close()
+            raise
+        return self
+
+    def _lock(self) -> None:
+        """Open the work file, or what a killed run left of it, and keep other runs off it."""
+        while True:
+            flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+            try:
+                lock = os.open(self.part, flags, 0o666)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                self._refuse_part("a link")
+            self._resources.callback(os.close, lock)
+            opened = os.fstat(lock)
+            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
+                self._refuse_part("a link" if stat.S_ISREG(opened.st_mode) else "no plain file")
+            if fcntl is None:
+                return
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._resources.close()
                 raise UsageError(f"another run is writing {self.path}; wait for it or give another --output") from None
             except OSError:
                 logger.debug("%s: the file system has no locks", self.path)
-        return self
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(opened, os.lstat(self.part)):
+                    return
+            # Another run has just finished and given it its name; what was locked is that run's video.
+
+    def _refuse_part(self, what: str):
+        raise UsageError(f"--output {self.path}: {self.part.name} beside it is {what}, not ours; remove it")
 
     def describe(self, metadata: dict) -> None:
         """Replace the metadata by what is known by now; until the first frame is written."""
         assert self._ffmpeg is None, "the metadata is in the file already"
-        self.metadata_json = to_json(metadata)
+        to_json(metadata)  # a bad value fails here
+        self.metadata = metadata
 
     def write(self, frames) -> None:
         """Append frames; all calls must agree in size.
@@ -171,17 +201,20 @@ class VideoWriter:
         """
         assert self._ffmpeg is None and not self.num_frames, "frames were written already"
         comment, comment_outputs = self._comment()
-        with tempfile.NamedTemporaryFile("w", suffix=".ffconcat", encoding="utf-8") as listed:
-            quoted = (os.path.abspath(video).replace("'", "'\\''") for video in videos)
-            listed.write("ffconcat version 1.0\n" + "".join(f"file 'file:{path}'\n" for path in quoted))
-            listed.flush()
-            # Joined files begin a microsecond early or late; the filter puts every frame on its own tick.
-            ticks = {"pts": "round(PTS*TB*{0})/({0}*TB)", "dts": "round(DTS*TB*{0})/({0}*TB)", "duration": "1/({0}*TB)"}
-            on_ticks = ":".join(f"{name}={formula.format(f'({self.fps})')}" for name, formula in ticks.items())
-            result = run_ffmpeg(
-                *("-y", "-f", "concat", "-safe", "0", "-i", listed.name, *comment, "-map", "0:v:0", *comment_outputs),
-                *("-c", "copy", "-bsf:v", f"setts={on_ticks}", *MP4, ffmpeg_url(self.part)),
-            )
+        quoted = (os.path.abspath(video).replace("'", "'\\''") for video in videos)
+        listed = "ffconcat version 1.0\n" + "".join(f"file 'file:{path}'\n" for path in quoted)
+        try:
+            write_new(self.list, listed.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        # Joined files begin a microsecond early or late; the filter puts every frame on its own tick.
+        ticks = {"pts": "round(PTS*TB*{0})/({0}*TB)", "dts": "round(DTS*TB*{0})/({0}*TB)", "duration": "1/({0}*TB)"}
+        on_ticks = ":".join(f"{name}={formula.format(f'({self.fps})')}" for name, formula in ticks.items())
+        inputs = ["-f", "concat", "-safe", "0", "-i", ffmpeg_url(self.list), *comment]
+        result = run_ffmpeg(
+            *("-y", *inputs, "-map", "0:v:0", *comment_outputs),
+            *("-c", "copy", "-bsf:v", f"setts={on_ticks}", *MP4, ffmpeg_url(self.part)),
+        )
         if result.returncode != 0:
             raise self._ffmpeg_error(result)
         info = probe(self.part)
@@ -208,7 +241,8 @@ class VideoWriter:
         outputs += ["-vf", TO_BT709, "-c:v", "libx264", "-crf", str(self.crf), "-threads:v", str(ENCODER_THREADS)]
         outputs += ["-x264-params", "stitchable=1"]  # headers that fit all our videos of this size, see `join`
         outputs += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - likewise; a pipe that nobody reads could fill up
+        # A pipe that nobody reads could fill up. The file has no name.
+        self._stderr = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115 - _resources closes it
         self._resources.enter_context(self._stderr)
         self._ffmpeg = subprocess.Popen(
             [ffmpeg_exe(), "-v", "error", "-y", *inputs, *outputs, *MP4, ffmpeg_url(self.part)],
@@ -223,11 +257,12 @@ class VideoWriter:
 
         The comment travels in a file: a long prompt does not fit on a command line.
         """
-        comment = tempfile.NamedTemporaryFile(suffix=".ffmetadata")  # noqa: SIM115 - _resources closes and removes it
-        self._resources.enter_context(comment)
-        comment.write(ffmetadata({} if self.metadata_json is None else {"comment": self.metadata_json}))
-        comment.flush()
-        return ["-f", "ffmetadata", "-i", comment.name], ["-map_metadata", "1", "-map_chapters", "-1"]
+        tags = {} if self.metadata is None else {"comment": to_json(without_folders(self.metadata))}
+        try:
+            write_new(self.comment, ffmetadata(tags))
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        return ["-f", "ffmetadata", "-i", ffmpeg_url(self.comment)], ["-map_metadata", "1", "-map_chapters", "-1"]
 
     def _finish(self):
         if not self.num_frames:
@@ -239,14 +274,15 @@ class VideoWriter:
                 raise self._ffmpeg_error()
         whole = self.part if self.audio_path is None else self._add_sound()
         files = [(whole, self.path)]
-        if self.metadata_json is not None:
-            pretty = to_json(json.loads(self.metadata_json), indent=2) + b"\n"
-            self.sidecar_part.write_bytes(pretty)
+        if self.metadata is not None:
+            write_new(self.sidecar_part, to_json(self.metadata, indent=2) + b"\n")
             files.insert(0, (self.sidecar_part, self.sidecar))
         put_in_place(*files)
+        self._remove_parts()
 
     def _add_sound(self) -> Path:
         """Join picture and sound, now that the length is known. (-shortest in one go misses by up to seconds.)"""
+        create_empty(self.sound_part)
         length = float(self.num_frames / self.fps)
         skip = ["-ss", f"{self.audio_start:.6f}"] if self.audio_start else []
         sound = ["-af", f"apad,atrim=end={length:.9f}", "-c:a", "aac", "-b:a", "192k"]
@@ -257,7 +293,6 @@ class VideoWriter:
         )
         if result.returncode != 0:
             raise self._ffmpeg_error(result)
-        self.part.unlink()
         return self.sound_part
 
     def _discard(self):
@@ -266,7 +301,10 @@ class VideoWriter:
             with contextlib.suppress(OSError):  # what is still buffered has nowhere to go
                 self._ffmpeg.stdin.close()
             self._ffmpeg.wait()
-        for part in (self.part, self.sound_part, self.sidecar_part):
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for part in (self.sound_part, self.sidecar_part, self.comment, self.list, self.part):  # the locked one last
             part.unlink(missing_ok=True)
 
     def _ffmpeg_error(self, result: subprocess.CompletedProcess | None = None):
@@ -315,24 +353,10 @@ def frames_to_uint8(frames) -> np.ndarray:
     return np.rint((frames.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 
-def put_in_place(*files: tuple[Path, Path]):
-    """Give finished files their names, (written, place) each; the output comes last: where it is, all is."""
-    for written, _ in files:
-        sync(written)
-    for written, place in files:
-        os.replace(written, place)
-    sync(place.parent)
-
-
-def sync(path: Path):
-    """Have the file (or the folder's names) on disk before going on, so that a power cut cannot leave half a video."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_new(part: Path, content: bytes) -> None:
+    """Fill a work file that is made for it."""
+    create_empty(part)
+    part.write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,23 +484,46 @@ def ffmetadata(tags: dict[str, bytes]) -> bytes:
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """What made the video: the JSON in its comment tag, else the record beside it.
+    """What made the video: the record beside it, if it is this video's (there paths are whole); else the JSON in its
+    comment tag, else any record beside it.
 
     Raises:
         InputError: no such file, or neither place holds a JSON object.
     """
+    inside, beside = read_comment(path), read_record(sidecar_path(Path(path)))
+    if inside is None and beside is None:
+        name = sidecar_path(Path(path)).name
+        raise InputError(f"{path} carries no record of what made it, and {name} does not either")
+    return beside if inside is None else whole_record(inside, beside)
+
+
+def read_comment(path: str | os.PathLike) -> dict | None:
+    """The record in the video itself.
+
+    Raises:
+        InputError: no such file.
+    """
     result = run_ffmpeg("-i", ffmpeg_url(readable_file(path)), "-f", "ffmetadata", "pipe:1")
     header = re.split(rb"\n\[", result.stdout)[0]  # before the first [STREAM] or [CHAPTER]
     comment = re.search(rb"^comment=((?:\\.|[^\\\n])*)", header, re.MULTILINE | re.DOTALL)
-    texts = [re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL)] if comment else []
-    with contextlib.suppress(OSError):
-        texts.append(sidecar_path(Path(path)).read_bytes())
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            metadata = json.loads(text)
-            if isinstance(metadata, dict):
-                return metadata
-    raise InputError(f"{path} carries no record of what made it, and {sidecar_path(Path(path)).name} does not either")
+    return as_record(re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL)) if comment else None
+
+
+def read_record(path: Path) -> dict | None:
+    """A record from a JSON file, if it is there."""
+    try:
+        return as_record(path.read_bytes())
+    except OSError:
+        return None
+
+
+def as_record(text: bytes) -> dict | None:
+    """A JSON object, if it is one."""
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return metadata if isinstance(metadata, dict) else None
 
 
 def add_metadata(path: Path, further: dict) -> None:
@@ -487,25 +534,24 @@ def add_metadata(path: Path, further: dict) -> None:
         ResourceError: the disk is full.
     """
     metadata = read_metadata(path) | further
-    part, sidecar_part = path.with_name(f".{path.stem}.part.mp4"), path.with_name(f".{path.stem}.part.json")
+    part, sidecar_part, comment = (part_of(path, kind) for kind in ("mp4", "json", "ffmetadata"))
     try:
-        with tempfile.NamedTemporaryFile(suffix=".ffmetadata") as comment:
-            comment.write(ffmetadata({"comment": to_json(metadata)}))
-            comment.flush()
-            result = run_ffmpeg(
-                *("-y", "-i", ffmpeg_url(path), "-f", "ffmetadata", "-i", comment.name, "-map", "0", "-c", "copy"),
-                *("-map_metadata", "1", *MP4, ffmpeg_url(part)),
-            )
+        write_new(comment, ffmetadata({"comment": to_json(without_folders(metadata))}))
+        create_empty(part)
+        result = run_ffmpeg(
+            *("-y", "-i", ffmpeg_url(path), "-f", "ffmetadata", "-i", ffmpeg_url(comment), "-map", "0", "-c", "copy"),
+            *("-map_metadata", "1", *MP4, ffmpeg_url(part)),
+        )
         if result.returncode != 0:
             raise ResourceError(
                 f"{path}: its record cannot be written: {reasons(result.stderr, 'no reason given')[-1]}"
             )
-        sidecar_part.write_bytes(to_json(metadata, indent=2) + b"\n")
+        write_new(sidecar_part, to_json(metadata, indent=2) + b"\n")
         put_in_place((sidecar_part, sidecar_path(path)), (part, path))
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
-        for written in (part, sidecar_part):
+        for written in (part, sidecar_part, comment):
             written.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from errors import UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
-from models.wan.checkpoint import fingerprint, load_transformer, part_of_release
+from models.wan.checkpoint import load_transformer, part_of_release
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer, load_text_encoder
@@ -25,6 +25,7 @@ from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
 from pipelines.distributed import Processes, split_sequence
 from pipelines.memory import check_memory, estimate_device_bytes, free_cached, offload_groups
+from pipelines.record import describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import WeightsFile
 
@@ -212,17 +213,17 @@ class Wan:
             if self.settings.stand_in_photos:
                 self.stand_in_path(expert)
 
-    def fingerprints(self) -> dict[str, str]:
-        """What identifies the weights, for the metadata of the video."""
-        loras = {lora.source: fingerprint(lora.source) for loras in self._loras.values() for lora, _ in loras}
+    def describe(self, prompt: str, seed: int) -> dict:
+        """The record of one video, as far as it is known before anything is read."""
+        record = describe_run(self.settings, prompt, seed, self.config, self.weights())
         if self.is_tiny:
-            return {"tiny": f"untrained, seed {self.config['seed']}"} | loras
-        files = {}
-        for expert in range(self.num_experts):
-            files[str(self.transformer_path(expert))] = fingerprint(self.transformer_path(expert))
-            if self.settings.stand_in_photos:
-                files[str(self.stand_in_path(expert))] = fingerprint(self.stand_in_path(expert))
-        return files | loras
+            record["weights"] = {"tiny": f"untrained, seed {self.config['seed']}"} | record["weights"]
+        return record | {
+            "untrained": self.is_tiny,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+        }
 
     # -------------------------------------------------------------------------------------------------- parts
 

@@ -327,7 +327,7 @@ def test_released_layout_equals_the_model_in_memory(tmp_path, speech):
     assert (make(tmp_path / "files.mp4", *flags, *files) == expected).all()
     made = read_metadata(tmp_path / "files.mp4")
     assert not made["untrained"]
-    assert len(made["weights"]) == 2 and all("sha256" in value for value in made["weights"].values())
+    assert len(made["weights"]) == 6 and all("sha256" in value for value in made["weights"].values())
 
     torch.save(tiny_transformer(load_config("tiny-i2v")).state_dict(), tmp_path / "release" / "transformer3d-square.pt")
     with pytest.raises(UserError, match="no audio adapter in it") as error:

@@ -336,7 +336,7 @@ def test_released_layout_equals_the_model_in_memory(tmp_path, reference):
     made = read_metadata(tmp_path / "file.mp4")
     assert not made["untrained"]
     assert made["ran_with"] == {"attention_backend": "native", "memory": "resident"}
-    assert len(made["weights"]) == 2
+    assert len(made["weights"]) == 5  # transformer, text encoder, tokenizer, VAE, Stand-In
     assert all("sha256" in value for value in made["weights"].values())
 
     elsewhere = tmp_path / "elsewhere"

@@ -320,7 +320,7 @@ def slow_writer(path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_leaves_nothing(tmp_path):
     process = slow_writer(tmp_path / "out.mp4")
-    assert left(tmp_path) == [".out.part.mp4"]
+    assert left(tmp_path) == [".out.part.ffmetadata", ".out.part.mp4"]
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0
@@ -335,7 +335,7 @@ def test_kill_leaves_no_video_and_the_next_run_cleans_up(tmp_path):
     process.kill()
     process.communicate(timeout=20)
     time.sleep(0.5)  # ffmpeg ends by itself when its input does
-    assert left(tmp_path) == [".out.part.mp4"]
+    assert left(tmp_path) == [".out.part.ffmetadata", ".out.part.mp4"]
     write_video(tmp_path / "out.mp4", [noise(3)], fps=16)
     assert left(tmp_path) == ["out.mp4"]
     assert probe(tmp_path / "out.mp4").num_frames == 3
