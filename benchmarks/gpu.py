@@ -41,8 +41,8 @@ SECTIONS = {
     "precision": ("Distance from float32", precision.measure),
     "vae": ("VAE", vae.measure),
     "plugins": ("What plug-ins add to a step", plugins.measure),
-    "memory": ("Memory modes", memory.measure),
     "loading": ("Loading a transformer", loading.measure),
+    "memory": ("Memory modes", memory.measure),
 }
 
 

@@ -1,6 +1,7 @@
 """The VAE: seconds to encode and to decode a clip, as a stream and by diffusers, in float32 and bf16."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sections.bench import GIB, Bench, Row
+from benchmarks.sections.bench import Bench, Row
 from models.wan.vae import Tiling, WanVAE
 
 # What a decoder takes at its peak, estimated from above: only to leave out what cannot fit.
@@ -48,24 +49,25 @@ def measure(bench: Bench) -> None:
             bench.of_limit(flops[work], median) | bench.peak()
         )
 
-    kinds = [("bf16", torch.bfloat16), ("float32", torch.float32)]
+    def attempt(work: str, who: str, dtype: torch.dtype, tiled: bool = False) -> Row | None:
+        name = "bf16" if dtype == torch.bfloat16 else "float32"
+        # Others measured a twentieth of the limit in bf16. Tiles of half the sides: nine quarters.
+        time = bench.expect(flops[work], 0.05 if dtype == torch.bfloat16 else 0.025) * (2.25 if tiled else 1)
+        return bench.attempt(
+            f"{work}, {who}, {name}" + (", tiles of a quarter of the frame" if tiled else ""),
+            functools.partial(row, work, dtype, who == "diffusers", tiled),
+            seconds=time,
+            device=BYTES_A_PIXEL[dtype] * pixels // (4 if tiled else 1) if bench.on_gpu else 0,
+        )
+
     for work in ("decode", "encode"):
-        for name, dtype in kinds:
-            # Measured by others (performance.md's sources): about a twentieth of the limit.
-            time = bench.expect(flops[work], 0.03 if dtype == torch.bfloat16 else 0.015)
-            needs = {"seconds": time, "device": BYTES_A_PIXEL[dtype] * pixels}
-            peer = bench.attempt(f"{work}, diffusers, {name}", lambda w=work, d=dtype: row(w, d, True), **needs)
-            ours = bench.attempt(f"{work}, ours, {name}", lambda w=work, d=dtype: row(w, d, False), **needs)
-            if peer and ours:
-                ours["x diffusers"] = peer["seconds"] / ours["seconds"]
-            bench.free()
-    time = 4 * bench.expect(flops["decode"], 0.03)
-    bench.attempt(
-        "decode, ours, bf16, tiles of a quarter of the frame",
-        lambda: row("decode", torch.bfloat16, False, tiled=True),
-        seconds=time,
-        device=2 * GIB if bench.on_gpu else 0,
-    )
+        peer = attempt(work, "diffusers", torch.bfloat16)
+        ours = attempt(work, "ours", torch.bfloat16)
+        if peer and ours:
+            ours["x diffusers"] = peer["seconds"] / ours["seconds"]
+        attempt(work, "ours", torch.float32)
+        bench.free()
+    attempt("decode", "ours", torch.bfloat16, tiled=True)
 
 
 def count_flops(vae: AutoencoderKLWan, latents: Tensor, video: Tensor) -> dict[str, int]:
