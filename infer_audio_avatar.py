@@ -20,6 +20,7 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
+from pipelines.upstream import STABLE_AVATAR, add_flags_without_effect
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     upstream.add_argument("--GPU_memory_mode", help="--memory and --fp8: model_full_load, model_cpu_offload, …")
     upstream.add_argument("--enable_teacache", action="store_true", default=None, help="--step_cache teacache")
     upstream.add_argument("--teacache_threshold", dest="step_cache_threshold", type=float)
+    upstream.add_argument("--output_dir", metavar="FOLDER", help="write there, under the photo's name")
+    add_flags_without_effect(upstream, STABLE_AVATAR)
     return parser.parse_args(argv)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments
+from pipelines.upstream import truth
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,8 +31,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     swap.add_argument(
         "--force_background_consistency",
-        action="store_true",
-        default=None,
+        type=truth,
+        nargs="?",
+        const=True,
+        metavar="True",
         help="hold the input's background at every step, for the smoothest seam",
     )
     swap.add_argument(

@@ -34,22 +34,9 @@ from pipelines.arguments import (
     add_instant_id_arguments,
     add_lora_arguments,
 )
+from pipelines.upstream import add_svi_arguments
 
 logger = logging.getLogger("selfsame")
-
-# The names that upstream's scripts have for flags of ours.
-UPSTREAM_NAMES = {
-    "--dit_root": ("base_path", str),
-    "--extra_module_root": ("lora_path", lambda path: [path]),
-    "--lora_alpha": ("lora_scale", lambda scale: [float(scale)]),
-    "--frames_per_clip": ("num_frames", int),
-    "--num_steps": ("num_inference_steps", int),
-    "--cfg_scale": ("guidance_scale", float),
-    "--cfg_scale_text": ("guidance_scale", float),
-    "--cfg_scale_audio": ("audio_guidance_scale", float),
-    "--seed_times": ("seed_multiplier", int),
-    "--image_path": ("ref_image_path", str),
-}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,10 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument(
         "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
     )
-    for name, (dest, kind) in UPSTREAM_NAMES.items():
-        long.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
+    long.add_argument("--num_motion_frames", type=int, help="that clips hand over, where the LoRA leaves a choice")
     long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
     long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
+    add_svi_arguments(long)
     start = parser.add_argument_group("first frame of a photo")
     start.add_argument("--ip_image", nargs="+", action="extend", metavar="PHOTO", help="of the person (path or URL)")
     start.add_argument("--face_index", type=int, help="which face of it, from the left (default: the largest)")

@@ -3,6 +3,7 @@
 import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy
@@ -10,6 +11,7 @@ import numpy
 from errors import UsageError
 from pipelines.lora import LoraSettings, resolve_lora_settings
 from pipelines.settings import PROJECT, check_pictures, check_values
+from pipelines.video_file import safe_name
 from preprocess.audio import AudioTimeline, read_audio
 
 # upstream's memory modes -> --memory and --fp8
@@ -123,6 +125,11 @@ def translate_upstream(args: Namespace) -> None:
         if args.step_cache not in (None, "teacache"):
             raise UsageError(f"--enable_teacache and --step_cache {args.step_cache} contradict each other; give one")
         args.step_cache = "teacache"
+    if args.output_dir is not None:
+        if args.output is not None:
+            raise UsageError("--output_dir and --output: give one; --output_dir names the video after its photo")
+        photo = args.reference_image or DEMONSTRATION["reference_image"]
+        args.output = str(Path(args.output_dir) / f"{safe_name(Path(photo).stem)}.mp4")
 
 
 def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings:

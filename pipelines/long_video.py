@@ -25,7 +25,7 @@ from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
 from pipelines.conditions import latent_frames
 from pipelines.jobs import Job
-from pipelines.long_video_settings import LongVideoSettings, Variant
+from pipelines.long_video_settings import LongVideoSettings
 from pipelines.memory import stage
 from pipelines.text_to_video import VideoMaker
 from pipelines.video_file import VideoWriter, same_encoding, write_video
@@ -63,7 +63,7 @@ class Existing:
 def open_existing(settings: LongVideoSettings) -> Existing:
     """Read the end of the video to extend: the frames that the variant hands over, and for latents what the VAE has to
     see before them."""
-    variant = Variant.of(settings.variant)
+    variant = settings.svi
     info = probe(settings.extend)
     count = variant.motion_frames
     if variant.hands_latents:
@@ -91,7 +91,7 @@ class LongVideoMaker(VideoMaker):
     def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
         super().__init__(wan, text, faces=[])
         settings = self.settings
-        self.variant = Variant.of(settings.variant)
+        self.variant = settings.svi
         size = (settings.height, settings.width)
         self.reference = picture_to_frame(crop_to_shape(picture, *size), *size)  # (1, 3, 1, H, W)
         self.end = None

@@ -27,6 +27,7 @@ from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings, preset_lora
 from pipelines.settings import PROJECT, resolve_settings
+from pipelines.upstream import check_conditioning, read_svi_command, variant_like
 from pipelines.video_file import read_metadata, safe_name
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
@@ -55,6 +56,7 @@ class Variant:
     mask: what is marked as given, the "first_frame" or all "motion_frames".
     drops: which clip gives up the frames that two show, see `Chain`.
     driven_by: "audio" or "pose", beside the prompts.
+    motion_frames_too: other numbers of handed-over frames that the LoRA works with.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Variant:
     motion_latents: int = 0
     end_image: bool = False
     driven_by: str | None = None
+    motion_frames_too: tuple[int, ...] = ()
 
     @classmethod
     @functools.cache
@@ -108,6 +111,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     use_first_prompt_only: bool = False
     prompt_prefix: str | None = None
     seed_multiplier: int = 42
+    num_motion_frames: int | None = None  # None: the variant's
     max_width: int | None = None
     boundary: float | None = None  # None: the config's
     first_clip_without_lora: bool = False
@@ -133,8 +137,15 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         return variant_config(self.variant)["svi"]
 
     @property
+    def svi(self) -> Variant:
+        """The variant, with the handed-over frames that were asked for."""
+        variant = Variant.of(self.variant)
+        frames = variant.motion_frames if self.num_motion_frames is None else self.num_motion_frames
+        return dataclasses.replace(variant, motion_frames=frames)
+
+    @property
     def driven_by(self) -> str | None:
-        return Variant.of(self.variant).driven_by
+        return self.svi.driven_by
 
     def without_svi(self) -> "LongVideoSettings":
         """Without SVI's own LoRA, the first one of its flag (`with_svi_loras`)."""
@@ -155,7 +166,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
             repeat=self.prompt_repeat,
         )
         return plan_clips(
-            Variant.of(self.variant).chain(self.num_frames),
+            self.svi.chain(self.num_frames),
             prompts,
             seed=seed,
             seed_multiplier=self.seed_multiplier,
@@ -174,6 +185,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     """
     args = Namespace(**vars(args))  # they are completed below, and may be used again
     resumed = str(args.config or "").endswith(".json")
+    read_svi_command(args)
     if not resumed:
         choose_config(args)
     if args.output_root is not None:
@@ -192,7 +204,10 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
             raise UsageError("--prompt and --prompt_path: give one of them")
         brought["prompt"] = read_prompt_stream(args.prompt_path)
     settings, config = resolve_settings(args, LongVideoSettings, brought)
+    if args.cfg_scale_audio is not None and settings.driven_by == "audio":
+        settings = dataclasses.replace(settings, audio_guidance_scale=args.cfg_scale_audio)
     check_long_video(settings, config)
+    check_conditioning(args, settings.svi)
     settings = with_svi_loras(settings, config)
     check_lora_settings(settings, config, args)
     if settings.extend is not None and args.fps is not None:
@@ -212,7 +227,12 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
 
 
 def choose_config(args: Namespace) -> None:
-    """The model and the variant, where the user named one of them or neither."""
+    """The model and the variant, where the user named one of them or neither: the variant that SVI's file is for."""
+    files = args.lora_path_high or args.lora_path_low
+    if args.config is None or args.extra_module_root is not None:
+        files = files or args.lora_path
+    if args.variant is None and files and (args.config is None or "svi" not in load_config(args.config)):
+        args.variant = variant_of_file(Path(files[0]).name) or variant_like(args)
     if args.config is None:
         real = (args.variant, args.base_path, args.lora_path, args.lora_path_high, args.lora_path_low)
         args.config = variant_config(args.variant or "shot")["name"] if any(real) else "tiny-i2v"
@@ -226,7 +246,7 @@ def choose_config(args: Namespace) -> None:
 
 
 def check_long_video(settings: LongVideoSettings, config: dict) -> None:
-    variant, released = Variant.of(settings.variant), variant_config(settings.variant)
+    variant, released = settings.svi, variant_config(settings.variant)
     for name, low, high in (
         ("num_clips", 1, MOST_CLIPS),
         ("prompt_repeat_times", 1, MOST_CLIPS),
@@ -246,6 +266,11 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
         )
     if settings.boundary is not None and not config.get("experts"):
         raise UsageError(f"--boundary: {config['name']} is one model; there are no experts to switch")
+    if variant.motion_frames not in (accepted := (released["svi"].get("motion_frames", 0), *variant.motion_frames_too)):
+        raise UsageError(
+            f"--num_motion_frames {variant.motion_frames}: --variant {variant.name} was trained with "
+            f"{' or '.join(map(str, accepted))}"
+        )
     shared = variant.chain(TRAINED_FRAMES).overlap
     if settings.extend is not None and variant.drops == "earlier":  # the first clip gives up frames at both ends
         shared *= 2
@@ -412,7 +437,7 @@ def follow_video(settings: LongVideoSettings, given: tuple[int | None, int | Non
         raise InputError(
             f"--extend {settings.extend}: {info.width}x{info.height}; sides of {GRID}n are needed: scale or crop it"
         )
-    least = max(2, Variant.of(settings.variant).chain(settings.num_frames).overlap)
+    least = max(2, settings.svi.chain(settings.num_frames).overlap)
     if info.num_frames < least:
         raise InputError(
             f"--extend {settings.extend}: {info.num_frames} frames, at least {least} are needed; give a picture to "
@@ -450,7 +475,7 @@ def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideo
     """As many clips as the sound or the poses last, and no frame more; of poses also the frame rate, where none is
     given. More clips than that start over with the poses.
     """
-    variant = Variant.of(settings.variant)
+    variant = settings.svi
     if variant.driven_by is None:
         return settings
     if variant.driven_by == "audio":
