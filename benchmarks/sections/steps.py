@@ -21,7 +21,9 @@ COMPILING = 90.0  # seconds, at most, that compiling a block takes
 
 
 def measure(bench: Bench) -> None:
-    """A step is one forward pass, without guidance. The limit is the time of its FLOPs at the rate of the product."""
+    """A step is one forward pass, without guidance. The limit is the time of its FLOPs at the rate of the product;
+    "x diffusers" is against its eager run with torch's own choice of attention.
+    """
     for name, config in bench.sizes.transformers.items():
         bench.free()
         _of_shape(bench, name, config)
