@@ -5,6 +5,7 @@ experts, boundary, tiny-model shapes, and `defaults` key by key), never what des
 stays reachable as `config["base"]`. Files whose name begins with an underscore are only bases.
 """
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -150,7 +151,8 @@ def part_path(config: dict, part: str, root: str | Path = "checkpoints") -> Path
     return folder / parents.pop() if len(parents) == 1 else folder
 
 
-def download_command(config: dict, root: str | Path = "checkpoints") -> str:
-    """What to do about missing files of a config; ends an error message."""
+def download_command(config: dict | Sequence[dict], root: str | Path = "checkpoints") -> str:
+    """What to do about missing files of a config, or of several; ends an error message."""
+    names = " ".join(each["name"] for each in ([config] if isinstance(config, dict) else config))
     elsewhere = "" if Path(root) == Path("checkpoints") else f" --dest {root}"
-    return f"run: python download_models.py --only {config['name']}{elsewhere}"
+    return f"run: python download_models.py --only {names}{elsewhere}"

@@ -8,6 +8,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -17,7 +18,7 @@ from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from configs import load_config, part_path
-from errors import ResourceError, UserError, WeightsError
+from errors import ResourceError, UserError
 from models.audio_adapter import AudioAdapter, load_audio_avatar
 from models.audio_encoder import AudioEncoder, load_audio_encoder
 from models.wan.schedulers import make_solver
@@ -65,21 +66,18 @@ class AvatarWan(Wan):
         return Path(self.settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
 
     def _transformer_files(self) -> list[WeightsFile]:
-        return [WeightsFile("transformer", "--transformer_path", self.transformer_path(0), self.config["name"])]
+        path = self.transformer_path(0)
+        read = partial(load_audio_avatar, path, device="meta", expect=self.transformer_config)
+        return [WeightsFile("transformer", "--transformer_path", path, self.config["name"], read=read)]
 
     def weights(self) -> list[WeightsFile]:
         files = super().weights()
         if not self.is_tiny:
             path = self.audio_encoder_path
-            files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER))
+            read = partial(load_audio_encoder, path, device="meta")
+            files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER, read=read))
         return files
 
-    def check_files(self) -> None:
-        if self.is_tiny:
-            return
-        for path in (self.transformer_path(0), self.audio_encoder_path, self.base_path):
-            if not path.exists():
-                raise WeightsError(f"{path}: no such weights; {self.hint(self.config)}")
 
     def adapter_bytes(self) -> int:
         """What the adapter adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""

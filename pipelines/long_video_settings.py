@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy
 
 from configs import load_config, part_path
-from errors import InputError, UsageError, WeightsError
+from errors import InputError, UsageError
 from pipelines.clip_plan import (
     PROMPT_REPEATS,
     Chain,
@@ -25,7 +25,7 @@ from pipelines.clip_plan import (
 )
 from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
-from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings, preset_lora
+from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, resolve_settings
 from pipelines.upstream import check_conditioning, read_svi_command, variant_like
 from pipelines.video_file import read_metadata, safe_name
@@ -142,6 +142,10 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         variant = Variant.of(self.variant)
         frames = variant.motion_frames if self.num_motion_frames is None else self.num_motion_frames
         return dataclasses.replace(variant, motion_frames=frames)
+
+    @property
+    def lora_releases(self) -> tuple[str, ...]:
+        return (variant_config(self.variant)["name"], *super().lora_releases)
 
     @property
     def driven_by(self) -> str | None:
@@ -338,13 +342,8 @@ def with_svi_loras(settings: LongVideoSettings, config: dict) -> LongVideoSettin
         paths, part = getattr(settings, f"lora_path{which}"), f"lora{which}"
         if not paths and not config.get("tiny"):
             paths = (str(part_path(released, part)),)
-            if not Path(paths[0]).is_file():
-                raise WeightsError(
-                    f"{paths[0]}: no such LoRA; run: python download_models.py --only {released['name']}, or name "
-                    f"SVI's file with --lora_path{which}"
-                )
         if len(paths) == 1 and part in preset.get("files", {}):
-            paths = (*paths, preset_lora(preset, which))
+            paths = (*paths, str(part_path(preset, part)))
         if paths:
             check_released_name(paths[0], settings.variant, which)
         changes[f"lora_path{which}"] = paths

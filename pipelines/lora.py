@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import download_command, known_configs, load_config, part_path
+from configs import known_configs, load_config, part_path
 from errors import UsageError, WeightsError
 from pipelines.settings import Settings, resolve_settings
 
@@ -59,6 +59,18 @@ class LoraSettings(Settings):
         experts = ("_high", "_low") if num_experts > 1 else ("",)
         return [[pair for which in dict.fromkeys(("", expert)) for pair in self._scaled(which)] for expert in experts]
 
+    def lora_release(self, path: str) -> str | None:
+        """The config whose download has this file; None for a user's own."""
+        for config in map(load_config, self.lora_releases):
+            if any(Path(path) == part_path(config, part) for part in config.get("files", {})):
+                return config["name"]
+        return None
+
+    @property
+    def lora_releases(self) -> tuple[str, ...]:
+        """The configs of LoRAs that the settings name."""
+        return (self.lora_config,) if self.lora_config else ()
+
     def _scaled(self, which: str) -> list[tuple[str, float]]:
         paths, scales = getattr(self, f"lora_path{which}"), getattr(self, f"lora_scale{which}")
         return list(zip(paths, scales * len(paths) if len(scales) == 1 else scales, strict=True))
@@ -103,7 +115,7 @@ def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -
                 raise UsageError(f"--lora_scale{which} {scale}: accepted are {-STRONGEST:g} to {STRONGEST:g}")
         if which and paths and not config.get("experts"):
             raise UsageError(f"--lora_path{which}: {config['name']} is one model; use --lora_path")
-        for path in paths:
+        for path in getattr(args, f"lora_path{which}") or ():  # of a release, `Wan.check` looks for all files at once
             if not Path(path).exists():
                 raise WeightsError(f"--lora_path{which} {path}: no such file")
     if settings.lora_mode not in MODES:
@@ -129,7 +141,6 @@ def with_preset_loras(settings: LoraSettings, config: dict) -> LoraSettings:
 
     Raises:
         UsageError: the model has no experts.
-        WeightsError: a file is not there, with the command that fetches it.
     """
     preset = load_config(settings.lora_config) if settings.lora_config else {}
     if config.get("tiny") or "files" not in preset:
@@ -139,20 +150,8 @@ def with_preset_loras(settings: LoraSettings, config: dict) -> LoraSettings:
             f"--lora_config {settings.lora_config}: its LoRAs are for the two experts of Wan2.2, "
             f"{config['name']} is one model"
         )
-    brought = {f"lora_path{which}": (preset_lora(preset, which),) for which in ("_high", "_low")}
+    brought = {f"lora_path{which}": (str(part_path(preset, f"lora{which}")),) for which in ("_high", "_low")}
     return replace(settings, **{name: path for name, path in brought.items() if not getattr(settings, name)})
-
-
-def preset_lora(preset: dict, which: str) -> str:
-    """The file that a preset has for an expert.
-
-    Raises:
-        WeightsError: it is not there, with the command that fetches it.
-    """
-    path = part_path(preset, f"lora{which}")
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such LoRA; {download_command(preset)}, or name it with --lora_path{which}")
-    return str(path)
 
 
 def brought_defaults(name: str | None) -> dict:

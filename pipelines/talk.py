@@ -5,6 +5,7 @@ Source: Stable-Video-Infinity `test_svi_talk.py`, `diffsynth/pipelines/svi_video
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from configs import load_config, part_path
-from errors import WeightsError
 from models.audio_encoder import load_audio_encoder
 from models.multitalk import MultiTalk, load_multitalk
 from models.wan.transformer import WanTransformer
@@ -47,20 +47,16 @@ class TalkWan(Wan):
         return None if self.is_tiny else part_path(load_config(config), part)
 
     def weights(self) -> list[WeightsFile]:
-        parts = (
-            ("MultiTalk", "--multitalk_path", self.multitalk_path, LAYERS),
-            ("wav2vec2", "--audio_encoder_path", self.audio_encoder_path, AUDIO_ENCODER),
-        )
-        return super().weights() + [WeightsFile(*part) for part in parts if part[2] is not None]
+        files = super().weights()
+        if (path := self.multitalk_path) is not None:
+            files.append(WeightsFile("MultiTalk", "--multitalk_path", path, LAYERS, read=self._check_multitalk))
+        if (path := self.audio_encoder_path) is not None:
+            read = partial(load_audio_encoder, path, device="meta")
+            files.append(WeightsFile("wav2vec2", "--audio_encoder_path", path, AUDIO_ENCODER, read=read))
+        return files
 
-    def check_files(self) -> None:
-        super().check_files()
-        for flag, path, config in (
-            ("--multitalk_path", self.multitalk_path, LAYERS),
-            ("--audio_encoder_path", self.audio_encoder_path, AUDIO_ENCODER),
-        ):
-            if path is not None and not path.exists():
-                raise WeightsError(f"{path}: no such weights ({flag}); {self.hint(load_config(config))}")
+    def _check_multitalk(self) -> None:
+        load_multitalk(self.multitalk_path, self._meta_transformer(), device="meta")
 
     def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
         super().check(at_once, beside + self.layer_bytes())

@@ -121,12 +121,21 @@ class VaceWan(Wan):
 
     def _transformer_files(self) -> list[WeightsFile]:
         """One file holds both, or VACE's the branch alone; then the base transformer is another."""
-        files = [WeightsFile("VACE", "--vace_path", self.vace_path, self.base["name"])]
+        files = [WeightsFile("VACE", "--vace_path", self.vace_path, self.base["name"], read=self._check_vace)]
         if self.settings.base_path is not None:
             with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
                 weight_files(self.base_path)
                 files.append(WeightsFile("transformer", "--base_path", self.base_path, self.base["name"]))
         return files
+
+    def _check_vace(self) -> None:
+        load_vace(
+            self.vace_path,
+            base_path=self.settings.base_path,
+            device="meta",
+            expect=self.transformer_config,
+            vace_layers=self.base["vace"]["vace_layers"],
+        )
 
     @property
     def encodes_pictures(self) -> bool:

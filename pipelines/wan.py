@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from errors import UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
-from models.wan.checkpoint import load_transformer, part_of_release
+from models.wan.attention import try_backend, usable_backends
+from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer, load_text_encoder
@@ -27,7 +29,7 @@ from pipelines.distributed import Processes, split_sequence
 from pipelines.memory import check_memory, estimate_device_bytes, free_cached, offload_groups
 from pipelines.record import describe_run
 from pipelines.settings import Settings, family_of
-from pipelines.weights import WeightsFile
+from pipelines.weights import WeightsFile, check_weights, face_files
 
 logger = logging.getLogger("selfsame")
 
@@ -43,6 +45,22 @@ def found_or(place: Path, find: Callable[..., Path], *args: object) -> Path:
         return find(*args)
     except WeightsError:
         return place
+
+
+def check_tokenizer(file: Path) -> None:
+    """Whether it is a tokenizer's file, without the second that building its tables takes.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    if file.is_dir():
+        raise WeightsError(f"{file}: no {' nor '.join(TOKENIZER_FILES)} there")
+    with open(file, "rb") as stream:
+        start = stream.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{file}: a git-lfs pointer, not the tokenizer; run git lfs pull")
+    if not start or (file.name in TOKENIZER_FILES and (file.suffix == ".json") != (start.lstrip()[:1] == b"{")):
+        raise WeightsError(f"{file}: not a tokenizer")
 
 
 class Wan:
@@ -131,36 +149,93 @@ class Wan:
         return [*([] if self.is_tiny else self._model_files()), *self._lora_files()]
 
     def _model_files(self) -> list[WeightsFile]:
-        download = self.base["name"] if "dest" in self.base else None
-        text = self._part(self.settings.text_encoder_path, text_encoder.PLACE)
         files = [
             *self._transformer_files(),
-            WeightsFile("umT5", "--text_encoder_path", text, download),
-            WeightsFile("tokenizer", "--tokenizer_path", self._tokenizer_file(text), download),
+            self._part_file("umT5", "text_encoder_path", text_encoder.PLACE, self._check_text_encoder),
         ]
+        tokenizer = self._tokenizer_file(files[-1].path)
+        read = partial(check_tokenizer, tokenizer)
+        files.append(WeightsFile("tokenizer", "--tokenizer_path", tokenizer, self.base["name"], read=read))
         if self.transformer_config.image_dim is not None:
-            path = self._part(self.settings.image_encoder_path, image_encoder.PLACE)
-            files.append(WeightsFile("CLIP", "--image_encoder_path", path, download))
-        path = self._part(self.settings.vae_path, vae.PLACE)
-        files.append(WeightsFile("VAE", "--vae_path", path, download, until_denoised=self.encodes_pictures))
+            files.append(self._part_file("CLIP", "image_encoder_path", image_encoder.PLACE, self._check_image_encoder))
+        files.append(self._part_file("VAE", "vae_path", vae.PLACE, self._check_vae, self.encodes_pictures))
         for expert in range(self.num_experts) if self.settings.stand_in_photos else ():
             name = "Stand-In" if self.num_experts == 1 else f"Stand-In ({EXPERTS[expert]} noise)"
             path = found_or(self.stand_in_place, self.stand_in_path, expert)
-            files.append(WeightsFile(name, "--stand_in_path", path, self.config["name"]))
+            read = partial(self._check_stand_in, expert)
+            files.append(WeightsFile(name, "--stand_in_path", path, self.config["name"], read=read))
         return files
 
+    def _part_file(
+        self, name: str, flag: str, place: tuple[str, str], check: Callable[[Path], None], until_denoised: bool = True
+    ) -> WeightsFile:
+        """A part that its flag names, or that lies beside the transformer."""
+        given = getattr(self.settings, flag)
+        path = self._part(given, place)
+
+        def read() -> None:
+            if given is None and path == self.base_path:
+                if path.is_file():
+                    raise WeightsError(f"--base_path {path}: one file; give the model's folder, or this part too")
+                raise WeightsError(f"{path}: no {name} there (looked for {place[1]} and {place[0]}/)")
+            check(path)
+
+        return WeightsFile(name, f"--{flag}", path, self.base["name"], until_denoised, read)
+
+    def _check_transformer(self, expert: int) -> None:
+        """The whole way of loading it, except that no value leaves the disk."""
+        if self.base_path.is_file() and self.num_experts > 1:
+            raise WeightsError(
+                f"--base_path {self.base_path}: one file, the model has two transformers; give its folder"
+            )
+        load_transformer(self.transformer_path(expert), device="meta", expect=self.transformer_config)
+
+    def _check_text_encoder(self, path: Path) -> None:
+        encoder = text_encoder.text_encoder_from_tensors(read_tensors(path), device="meta", source=path)
+        if encoder.dim != self.transformer_config.text_dim:
+            wanted = self.transformer_config.text_dim
+            raise WeightsError(f"{path}: a umT5 of width {encoder.dim}, the transformer was trained with {wanted}")
+
+    def _check_image_encoder(self, path: Path) -> None:
+        width = load_image_encoder(path, device="meta").model.config.hidden_size
+        if width != self.transformer_config.image_dim:
+            wanted = self.transformer_config.image_dim
+            raise WeightsError(f"{path}: a CLIP of width {width}, the transformer was trained with {wanted}")
+
+    def _check_vae(self, path: Path) -> None:
+        channels = load_vae(path, device="meta").latent_channels
+        if channels != self.transformer_config.out_dim:
+            wanted = self.transformer_config.out_dim
+            raise WeightsError(f"{path}: a VAE of {channels} latent channels, the transformer makes {wanted}")
+
+    def _check_stand_in(self, expert: int) -> None:
+        path = self.stand_in_path(expert)
+        tensors = {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}
+        StandIn.from_tensors(tensors, self._meta_transformer(), source=str(path))
+
+    def _meta_transformer(self) -> WanTransformer:
+        """The transformer's shapes, without values."""
+        with torch.device("meta"):
+            return WanTransformer(**self.transformer_config.as_dict())
+
     def _transformer_files(self) -> list[WeightsFile]:
-        download = self.base["name"] if "dest" in self.base else None
-        names = ["transformer"] if self.num_experts == 1 else [f"{noise}-noise transformer" for noise in EXPERTS]
-        return [
-            WeightsFile(name, "--base_path", self.transformer_path(expert), download)
-            for expert, name in enumerate(names)
-        ]
+        files = []
+        for expert in range(self.num_experts):
+            name = "transformer" if self.num_experts == 1 else f"{EXPERTS[expert]}-noise transformer"
+            path = self.base_path if self.base_path.is_file() else self.transformer_path(expert)
+            read = partial(self._check_transformer, expert)
+            files.append(WeightsFile(name, "--base_path", path, self.base["name"], read=read))
+        return files
 
     def _lora_files(self) -> list[WeightsFile]:
         of_experts = self.settings.lora_files(self.num_experts) if hasattr(self.settings, "lora_files") else ()
         paths = dict.fromkeys(path for files in of_experts for path, _ in files)
-        return [WeightsFile("LoRA", "--lora_path", Path(path)) for path in paths]
+        return [
+            WeightsFile(
+                "LoRA", "--lora_path", Path(path), self.settings.lora_release(path), read=partial(read_tensors, path)
+            )
+            for path in paths
+        ]
 
     @property
     def encodes_pictures(self) -> bool:
@@ -193,6 +268,7 @@ class Wan:
             ResourceError: more memory than the device has.
         """
         self.check_files()
+        self.check_attention_backend()
         shape = self.transformer_config
         needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
         check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
@@ -200,18 +276,13 @@ class Wan:
             tiny.announce(self.settings.real_model)
 
     def check_files(self) -> None:
-        """Say what is missing before anything is loaded.
+        """Say all that is missing or wrong before anything is loaded.
 
         Raises:
             WeightsError: with the command that fetches it.
         """
-        if self.is_tiny:
-            return
-        for expert in range(self.num_experts):
-            if not self.transformer_path(expert).exists():
-                raise WeightsError(f"{self.transformer_path(expert)}: no such weights; {self.hint(self.base)}")
-            if self.settings.stand_in_photos:
-                self.stand_in_path(expert)
+        settings = self.settings
+        check_weights([*self.weights(), *face_files(settings, required=settings.min_face_score is not None)])
 
     def describe(self, prompt: str, seed: int) -> dict:
         """The record of one video, as far as it is known before anything is read."""
@@ -377,8 +448,7 @@ class Wan:
             WeightsError, InputError: `read_lora`.
             UsageError: a file that cannot be switched off.
         """
-        with torch.device("meta"):
-            shape = WanTransformer(**self.transformer_config.as_dict())
+        shape = self._meta_transformer()
         read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
         for path, lora in read.items():
@@ -416,6 +486,23 @@ class Wan:
             "sequential": 0,
         }[self.memory]
         return values * self.dtype.itemsize
+
+    def check_attention_backend(self) -> None:
+        """Attend once by the chosen backend, before minutes go into loading.
+
+        Raises:
+            UsageError: it does not run here.
+        """
+        name, shape = self.attention_backend, self.transformer_config
+        try:
+            if name != "native" and not name.endswith("_hub"):
+                try_backend(name, self.device, self.dtype, shape.num_heads, shape.dim // shape.num_heads)
+        except ValueError as error:
+            usable = ", ".join(usable_backends(self.device, self.dtype))
+            raise UsageError(
+                f"--attention_backend {name}: does not run on {self.device} in {self.dtype} ({error}); "
+                f"what does: {usable}"
+            ) from error
 
     def use_attention_backend(self, name: str) -> None:
         """Run attention on another of diffusers' backends from now on."""

@@ -1,10 +1,17 @@
 """What a run reads from disk: one list, which the checks, the record, the digests and the estimates all go over."""
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs import download_command, load_config
+from errors import WeightsError
+from preprocess.face_detection import DETECTOR_PATH, recogniser_is_there
+
+logger = logging.getLogger("selfsame")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,74 @@ class WeightsFile:
     def hint(self) -> str:
         """The command that downloads it."""
         return download_command(load_config(self.config)) if self.config else f"give another {self.flag}"
+
+    def check(self) -> None:
+        """Look for it, and read its headers.
+
+        Raises:
+            WeightsError: it is missing, damaged, or of another model.
+        """
+        if self.path.is_symlink() and not self.path.exists():  # of a hub's cache that was moved or cleaned
+            raise WeightsError(f"{self.path}: a link to {os.readlink(self.path)}, which is not there")
+        if not self.path.exists():
+            raise WeightsError(f"{self.path}: no such weights")
+        if self.read is not None:
+            self.read()
+
+
+def face_files(settings, required: bool) -> list[WeightsFile]:
+    """The face models of settings of any method. They are no part of what makes a frame, so `Wan.weights` has none.
+
+    required: whether nothing can stand in for antelopev2; a path that was given has to be right in any case.
+    """
+    files = []
+    if required or settings.antelopv2_path is not None:
+        folder = Path(settings.antelopv2_path or DETECTOR_PATH)
+
+        def read() -> None:
+            if not recogniser_is_there(folder):
+                raise WeightsError(f"{folder}: no .onnx files there, nor in its models/antelopev2/")
+
+        files.append(WeightsFile("face models", "--antelopv2_path", folder, "antelopev2", read=read))
+    if (parser := getattr(settings, "face_parser_path", None)) is not None:
+        files.append(WeightsFile("face parser", "--face_parser_path", Path(parser), "face-parsing"))
+    return files
+
+
+def check_weights(files: Sequence[WeightsFile]) -> None:
+    """Name everything that is missing or wrong, with the one command that brings it all. Takes milliseconds a file.
+
+    Raises:
+        WeightsError: one line.
+    """
+    problems: dict[str, list[WeightsFile]] = {}  # one folder that is not there is one problem of all its parts
+    with _only_errors():
+        for file in files:
+            try:
+                file.check()
+            except WeightsError as error:
+                problems.setdefault(str(error), []).append(file)
+    if not problems:
+        return
+    said = []
+    for problem, of_files in problems.items():
+        names, flags = (", ".join(dict.fromkeys(getattr(f, key) for f in of_files)) for key in ("name", "flag"))
+        said.append(f"{names}: {problem} ({flags})")
+    downloads = dict.fromkeys(file.config for found in problems.values() for file in found if file.config)
+    if downloads:
+        said.append(download_command([*map(load_config, downloads)]))
+    raise WeightsError("; ".join(said))
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Readers say what they load; here nothing is loaded, and the run will say it again."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # Where a folder has one of these, the GGUF files in it are not what would be read.

@@ -1,8 +1,11 @@
 """The list of what a run reads, and what is said of what is missing or wrong before anything loads."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import infer
 import infer_audio_avatar
@@ -10,11 +13,17 @@ import infer_face_swap
 import infer_long_video
 import infer_with_lora
 import infer_with_vace
+from errors import UserError, WeightsError
+from models.wan import checkpoint
 from pipelines.control_video import resolve_vace_settings
 from pipelines.distributed import start_processes
 from pipelines.image_to_video_settings import resolve_image_to_video
+from pipelines.long_video_settings import resolve_long_video
+from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer
 from pipelines.vace import VaceWan
 from pipelines.wan import Wan
+from tests.test_infer import write_release
+from tests.tiny import CONFIG
 
 FACE = "assets/face.png"
 
@@ -70,3 +79,131 @@ def test_a_tokenizer_that_is_named_is_the_one_that_is_read():
     wan = make_wan("--config", "wan2.1-t2v-1.3B", "--tokenizer_path", "there")
     (tokenizer,) = (file for file in wan.weights() if file.name == "tokenizer")
     assert (tokenizer.path, tokenizer.flag) == (Path("there"), "--tokenizer_path")
+
+
+# -------------------------------------------------------------------------------------------------------- what is said
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """The tiny model in the released layout, with Stand-In beside it."""
+    folder = tmp_path_factory.mktemp("weights") / "t2v"
+    write_release(folder, CONFIG)
+    torch.save(tiny_stand_in_tensors(CONFIG), folder.parent / "Stand-In_wan2.1.ckpt")
+    return folder
+
+
+def copy(release: Path, tmp_path: Path) -> Path:
+    shutil.copytree(release, tmp_path / "t2v")
+    return tmp_path / "t2v"
+
+
+def checked(release: Path, base_path: Path, *flags: str) -> str:
+    """What `check` says; "" for nothing."""
+    stand_in = ("--stand_in_path", str(release.parent / "Stand-In_wan2.1.ckpt"), "--ip_image", FACE)
+    wan = make_wan("--config", "configs/tiny.yaml", "--base_path", str(base_path), *stand_in, *flags)
+    try:
+        wan.check()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return f"{error.exit_code}: {error}"
+    return ""
+
+
+def test_a_whole_release_passes_and_no_value_is_read(release, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        checkpoint, "_place", lambda tensor, dtype, device, scale: loaded.append(device) or tensor.to(device)
+    )
+    assert checked(release, release) == ""
+    assert set(loaded) == {"meta"} and len(loaded) > 100
+
+
+def test_one_message_names_all_and_one_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(Wan, "base_path", tmp_path / "none")
+    with pytest.raises(WeightsError) as error:
+        make_wan("--wan_version", "2.1", "--ip_image", FACE, "--min_face_score", "0.5").check()
+    said = str(error.value)
+    for part in ("transformer", "umT5", "tokenizer", "VAE", "Stand-In", "face models"):
+        assert part in said
+    assert said.count("no such weights") <= 4  # one folder is one problem
+    assert said.endswith("run: python download_models.py --only wan2.1-t2v-14B stand-in-wan2.1 antelopev2")
+
+
+def test_vace_is_told_of_its_own_base(tmp_path):
+    args = ["--wan_version", "2.1", "--ip_image", FACE, "--prompt", "x", "--num_frames", "9"]
+    settings, config = resolve_vace_settings(infer_with_vace.parse_args([*args, "--vace_path", str(tmp_path / "none")]))
+    with pytest.raises(WeightsError, match="--only wan2.1-vace-14B stand-in-wan2.1$"):
+        VaceWan(settings, config, start_processes("cpu")).check()
+
+
+def test_long_video_names_base_and_loras_at_once(tmp_path):
+    flags = ["--variant", "2.0-pro", "--lora_config", "lora-svi-lightx2v", "--ref_image_path", FACE, "--prompt", "x"]
+    args = infer_long_video.parse_args([*flags, "--base_path", str(tmp_path / "none"), "--num_clips", "1"])
+    settings, config, _ = resolve_long_video(args)
+    with pytest.raises(WeightsError, match="--only wan2.2-i2v-A14B svi-2.0-pro lora-svi-lightx2v$") as error:
+        Wan(settings, config, start_processes("cpu")).check()
+    assert "high-noise transformer" in str(error.value) and "LoRA" in str(error.value)
+
+
+def truncate(file: Path) -> None:
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+
+
+def test_damage_is_found_by_headers(release, tmp_path):
+    folder = copy(release, tmp_path)
+    truncate(folder / "diffusion_pytorch_model.safetensors")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 507609880\n"
+    (folder / "Wan2.1_VAE.pth").write_text(pointer)
+    text = torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    text.pop("encoder.block.1.layer.0.SelfAttention.q.weight")
+    torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text(pointer)
+    said = checked(release, folder)
+    for words in (
+        "4: transformer: ",
+        "truncated, expected",
+        "umT5: ",
+        "1 missing (block.1.layer.0.SelfAttention.q.weight)",
+        "tokenizer: ",
+        "VAE: ",
+        "a git-lfs pointer of a file of 507609880 bytes",
+    ):
+        assert words in said, said
+    assert said.count("download_models.py") == 1
+
+
+def test_another_architecture_is_found_by_headers(release, tmp_path):
+    folder = copy(release, tmp_path)
+    other = CONFIG | {"transformer": CONFIG["transformer"] | {"num_layers": 3}}
+    save_file(tiny_transformer(other).state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    wide = CONFIG | {"text_encoder": CONFIG["text_encoder"] | {"d_model": 48}}
+    torch.save(tiny_text_encoder(wide).encoder.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    said = checked(release, folder)
+    assert "3 layers" in said and "expected unreleased Wan" in said and "2 layers" in said, said
+    assert "a umT5 of width 48, the transformer was trained with 32" in said
+
+
+def test_places_that_hold_nothing(release, tmp_path):
+    assert "no weights in this folder" in checked(release, tmp_path)
+    assert "no VAE there (looked for *_VAE.* and vae/)" in checked(release, tmp_path)
+    single = checked(release, release / "diffusion_pytorch_model.safetensors")
+    assert single.startswith("4: umT5, VAE: --base_path ") and "one file; give the model's folder" in single
+    parts = ("--text_encoder_path", str(release), "--vae_path", str(release))
+    assert checked(release, release / "diffusion_pytorch_model.safetensors", *parts) == ""
+
+    folder = copy(release, tmp_path)
+    for name in ("diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"):  # a hub's cache that was cleaned
+        (folder / name).unlink()
+        (folder / name).symlink_to("../../blobs/0123abcd")
+    said = checked(release, folder)
+    assert said.count("a link to ../../blobs/0123abcd") == 2, said
+    assert "transformer: " in said and "VAE: " in said
+
+
+def test_attention_backend_is_tried_before_loading(release):
+    said = checked(release, release, "--attention_backend", "_native_cudnn")  # known, and not for CPUs
+    assert said.startswith("2: --attention_backend _native_cudnn: does not run on cpu in torch.float32")
+    assert said.endswith("native, _native_flash, _native_math")
+    assert checked(release, release, "--attention_backend", "_native_math") == ""

@@ -4,12 +4,18 @@ Source: Wan2.1 `wan/modules/model.py` (rope_params, rope_apply, WanSelfAttention
 WanI2VCrossAttention, WanRMSNorm).
 """
 
+import contextlib
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
 
 ROPE_THETA = 10000.0
@@ -83,6 +89,37 @@ class AttentionKernel:
             parallel_config=self._parallel_config if sharded else None,
         )
         return out.flatten(2)
+
+
+def try_backend(name: str, device: torch.device, dtype: torch.dtype, num_heads: int = 2, head_dim: int = 128) -> None:
+    """Attend once, to see whether a backend of diffusers runs here: some are installed and refuse a device or a dtype.
+
+    Raises:
+        ValueError: it does not; the message is the reason, in one line.
+    """
+    known = [backend.value for backend in AttentionBackendName]
+    if name not in known:
+        raise ValueError(f"no such backend; known are {', '.join(known)}")
+    query = torch.zeros(1, 64, num_heads, head_dim, device=device, dtype=dtype)
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+        with warnings.catch_warnings():  # torch gives each reason of its own as a warning
+            warnings.simplefilter("ignore")
+            dispatch_attention_fn(query, query, query, backend=AttentionBackendName(name))
+    except Exception as error:  # every package has its own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason.partition(". ")[0]) from error
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends that run here. Not tried: those that fetch a kernel from the hub, and flex, which compiles one."""
+    usable = []
+    for backend in AttentionBackendName:
+        if not backend.value.endswith("_hub") and backend != AttentionBackendName.FLEX:
+            with contextlib.suppress(ValueError):
+                try_backend(backend.value, device, dtype)
+                usable.append(backend.value)
+    return usable
 
 
 class WanAttention(nn.Module, AttentionModuleMixin):

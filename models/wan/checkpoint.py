@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pickle
 import re
 import struct
@@ -145,8 +146,12 @@ def _complete_shards(folder: Path, shards: list[re.Match], hint: str) -> list[Pa
 
 def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor]:
     """One file, its kind told by its first bytes: names lie (renamed downloads, error pages, LFS pointers)."""
-    with open(file, "rb") as stream:
-        start = stream.read(512)
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        where = f"a link to {os.readlink(file)}, and there is " if file.is_symlink() else ""
+        raise WeightsError(_with_hint(f"{file}: {where}{(error.strerror or str(error)).lower()}", hint)) from error
     if not start:
         raise WeightsError(_with_hint(f"{file}: empty file", hint))
     if start.startswith(b"version https://git-lfs"):
