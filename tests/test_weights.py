@@ -111,10 +111,8 @@ def checked(release: Path, base_path: Path, *flags: str) -> str:
 
 
 def test_a_whole_release_passes_and_no_value_is_read(release, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(
-        checkpoint, "_place", lambda tensor, dtype, device, scale: loaded.append(device) or tensor.to(device)
-    )
+    loaded, place = [], checkpoint._place
+    monkeypatch.setattr(checkpoint, "_place", lambda *args: loaded.append(args[2]) or place(*args))
     assert checked(release, release) == ""
     assert set(loaded) == {"meta"} and len(loaded) > 100
 
