@@ -87,6 +87,7 @@ class Wan:
         self._image_encoder: ImageEncoder | None = None
         self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
         self._live_loras, self._lora_steps = False, (0.0, 1.0)
+        self._checked_files = False
 
     # ------------------------------------------------------------------------------------------------ where files are
 
@@ -282,6 +283,7 @@ class Wan:
             WeightsError: with the command that fetches it.
         """
         settings = self.settings
+        self._checked_files = True
         check_weights([*self.weights(), *face_files(settings, required=settings.min_face_score is not None)])
 
     def describe(self, prompt: str, seed: int) -> dict:
@@ -448,6 +450,8 @@ class Wan:
             WeightsError, InputError: `read_lora`.
             UsageError: a file that cannot be switched off.
         """
+        if not self._checked_files:  # what is missing besides is said at once
+            self.check_files()
         shape = self._meta_transformer()
         read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
         self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}

@@ -535,7 +535,11 @@ def test_names_of_released_files_tell_their_variant():
     [
         (["--variant", "shoot"], 2, ["--variant shoot", "shot, film"]),
         (["--variant", "tiny-i2v.yaml"], 2, ["tiny-i2v.yaml"]),
-        (["--variant", "film", "--prompt", "x"], 4, ["svi-film-opt", "--only svi-film"]),
+        (
+            ["--variant", "film", "--prompt", "x", "--ref_image_path", "assets/face.png"],
+            4,
+            ["svi-film-opt", "--only wan2.1-i2v-14B-480P svi-film"],
+        ),
         (["--variant", "2.0", *ONE_MODEL], 2, ["--variant 2.0", "two experts"]),
         (["--variant", "shot", *TWO_EXPERTS], 2, ["--variant shot", "one model"]),
         (["--config", "svi-film", "--variant", "tom"], 2, ["contradict"]),

@@ -23,9 +23,11 @@ from models.lora import Lora, attach_loras, merge_loras, read_lora
 from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import VARIANTS
 from models.wan.transformer import WanTransformer
+from pipelines.distributed import start_processes
 from pipelines.long_video_settings import resolve_long_video, variant_config
 from pipelines.lora import resolve_lora_settings
 from pipelines.video_file import read_metadata
+from pipelines.wan import Wan
 from preprocess.video import read_frames
 from tests import tiny
 
@@ -429,8 +431,9 @@ def test_a_preset_brings_its_pair(tmp_path, monkeypatch):
     name = "lora-lightx2v-wan2.2-t2v"
     photo = str(PROJECT / "assets" / "face.png")
     flags = ["--ip_image", photo, "--prompt", "x", "--wan_version", "2.2", "--lora_config", name]
-    with pytest.raises(WeightsError, match=f"download_models.py --only {name}"):
-        resolve_lora_settings(infer_with_lora.parse_args(flags))
+    wan = Wan(*resolve_lora_settings(infer_with_lora.parse_args(flags)), start_processes("cpu"))
+    with pytest.raises(WeightsError, match=f"download_models.py --only wan2.2-t2v-A14B stand-in-wan2.2 {name}$"):
+        wan.use_loras(wan.settings.lora_files(2), live=False)  # says at once what else is not there
     files = touch_files(load_config(name))
     settings, _ = resolve_lora_settings(infer_with_lora.parse_args(flags))
     assert (settings.lora_path_high, settings.lora_path_low) == ((files["lora_high"],), (files["lora_low"],))
@@ -448,8 +451,9 @@ def test_a_preset_brings_its_pair_beside_svis(preset, tmp_path, monkeypatch):
     own = touch_files(variant_config("2.0-pro"))
     flags = ["--prompt", "x", "--variant", "2.0-pro", "--ref_image_path", str(PROJECT / "assets" / "face.png")]
     args = infer_long_video.parse_args([*flags, "--lora_config", preset])
-    with pytest.raises(WeightsError, match=f"download_models.py --only {preset}"):
-        resolve_long_video(args)
+    settings, config, _ = resolve_long_video(args)
+    with pytest.raises(WeightsError, match=f"download_models.py --only wan2.2-i2v-A14B svi-2.0-pro {preset}$"):
+        Wan(settings, config, start_processes("cpu")).check()
     files = touch_files(load_config(preset))
     settings, config, _ = resolve_long_video(infer_long_video.parse_args([*flags, "--lora_config", preset]))
     assert settings.lora_path_high == (own["lora_high"], files["lora_high"])
