@@ -78,7 +78,6 @@ class AvatarWan(Wan):
             files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER, read=read))
         return files
 
-
     def adapter_bytes(self) -> int:
         """What the adapter adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""
         if self.memory in ("group", "sequential"):

@@ -82,9 +82,7 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
     return frame
 
 
-def is_left(
-    path: Path, settings: InstantIdSettings, config: dict, guide: FaceGuide, size: tuple[int, int]
-) -> bool:
+def is_left(path: Path, settings: InstantIdSettings, config: dict, guide: FaceGuide, size: tuple[int, int]) -> bool:
     """Whether this very first frame is there already, whichever of the allowed seeds it took."""
     try:
         record = read_picture_metadata(path)
