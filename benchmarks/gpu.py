@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict]]:
     started = time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     diffusers_logging.set_verbosity_error()
-    if not args.device and not torch.accelerator.is_available():
+    if args.device != "cpu" and not torch.accelerator.is_available():
         raise SystemExit("torch finds no GPU here; --device cpu runs tiny shapes, to show that everything runs")
     device = torch.device(args.device or torch.accelerator.current_accelerator())
     sizes = TINY if device.type == "cpu" else RELEASED
@@ -91,11 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict]]:
         title, measure = SECTIONS[name]
         logger.info("-- %s (%.0f s left)", title, bench.seconds_left())
         results[name] = bench.rows = []
-        bench.attempt("this section", lambda measure=measure: measure(bench))
+        try:
+            bench.attempt("this section", lambda measure=measure: measure(bench))
+        finally:  # stopped by hand, what was measured is shown
+            note = " ".join((measure.__doc__ or "").split())
+            out.write(f"\n### {title}\n\n{note}\n\n{table(bench.rows)}\n")
+            out.flush()
         bench.free()
-        note = " ".join((measure.__doc__ or "").split())
-        out.write(f"\n### {title}\n\n{note}\n\n{table(bench.rows)}\n")
-        out.flush()
     out.write(f"\nAll of it took {time.monotonic() - started:.0f} s.\n")
     return results
 

@@ -129,6 +129,24 @@ def test_without_time_every_section_is_skipped_by_name():
     assert [list(rows[0].values())[1][:7] for rows in results.values()] == ["skipped"] * len(SECTIONS)
 
 
+def test_stopped_by_hand_it_prints_what_it_has(monkeypatch, capsys):
+    def stopped(run: Bench):
+        run.attempt("first", lambda: {"seconds": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(SECTIONS, "vae", ("VAE", stopped))
+    with pytest.raises(KeyboardInterrupt):
+        main(["--device", "cpu", "--only", "vae"])
+    assert "| first | 1 |" in capsys.readouterr().out
+
+
+def test_without_a_gpu_one_line_says_what_can_be_done(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for flags in ([], ["--device", "cuda"]):
+        with pytest.raises(SystemExit, match="no GPU here; --device cpu runs tiny shapes"):
+            main(flags)
+
+
 def test_runs_stop_when_the_time_is_up():
     run = Bench(CPU, TINY, runs=1000, deadline=time.monotonic() + 0.2)
     calls = []
