@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument("--use_first_prompt_only", action="store_true", default=None, help="for all clips")
     long.add_argument("--prompt_prefix", metavar="TEXT", help="put in front of every prompt")
     long.add_argument("--seed_multiplier", type=int, help="clip k is made from --seed + k times this (42)")
+    long.add_argument("--num_motion_frames", type=int, help="handed to the next clip (1; film, 2.0-wan2.1: 5)")
     long.add_argument("--max_width", type=int, help="the picture's own size, at most so wide, as SVI 1 has it")
     long.add_argument("--boundary", type=float, help="of Wan2.2's experts: low-noise below it (the config's)")
     long.add_argument(
@@ -65,7 +66,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument(
         "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
     )
-    long.add_argument("--num_motion_frames", type=int, help="that clips hand over, where the LoRA leaves a choice")
     long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
     long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
     add_svi_arguments(long)

@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     vace.add_argument(
         "--reference_image", nargs="+", action="extend", metavar="PICTURE", help="things to show, in this order"
     )
-    vace.add_argument("--vace_scale", type=float, help="of the control: 1 as trained, 0 none (1)")
+    vace.add_argument("--vace_scale", type=float, help="of the control: 1 as trained, 0 none (1; with --ip_image 0.8)")
     vace.add_argument(
         "--resample_control",
         action="store_true",

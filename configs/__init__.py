@@ -27,6 +27,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "approx_gib": (int, float),  # of all files, for the list of downloads; sizes are asked from the hub
     "needs": (list,),  # other configs to download with this one
     "variant": (str,),  # key of models.wan.config.VARIANTS
+    "tea_cache": (str,),  # key of models.wan.tea_cache.COEFFICIENTS, where it is not the variant
     "experts": (dict,),  # Wan2.2 A14B: noise level -> folder
     "boundary": (int, float),
     "defaults": (dict,),
@@ -68,6 +69,7 @@ _DEFAULTS: dict[str, tuple[type, ...]] = {
 _INHERITED = (
     "method",
     "variant",
+    "tea_cache",
     "experts",
     "boundary",
     "tiny",

@@ -23,6 +23,7 @@ from preprocess.video import VideoInfo, probe, read_frames
 logger = logging.getLogger("selfsame")
 
 GRID = 16  # pixels of a token's side
+BESIDE_IDENTITY = 0.8  # the default of --vace_scale where there are photos, as in Stand-In's infer_with_vace.py
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -35,7 +36,7 @@ class VaceSettings(Settings):
     reference_video: str | None = None
     reference_mask: str | None = None
     reference_image: tuple[str, ...] = ()
-    vace_scale: float = 1.0
+    vace_scale: float | None = None  # None: 1; with an identity BESIDE_IDENTITY
     resample_control: bool = False
     window_frames: int = 81  # what the released models were trained on
     window_overlap: int = 9
@@ -60,6 +61,8 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         raise UsageError(
             f"--config {config['name']}: VACE was released for Wan2.1; use stand-in-wan2.1 or wan2.1-vace-*"
         )
+    if settings.vace_scale is None:
+        settings = dataclasses.replace(settings, vace_scale=BESIDE_IDENTITY if settings.stand_in_photos else 1.0)
     if not 0 <= settings.vace_scale <= 10:
         raise UsageError(f"--vace_scale {settings.vace_scale:g}: accepted are 0 to 10")
     for name in ("window_frames", "window_overlap"):

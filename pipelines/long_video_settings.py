@@ -36,7 +36,8 @@ from preprocess.video import stream_frames
 
 logger = logging.getLogger("selfsame")
 
-VARIANTS = ("shot", "film", "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pro")
+FILMS = ("film", "film-original", "film-transitions")  # three trainings of one variant
+VARIANTS = ("shot", *FILMS, "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pro")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 TRAINED_FRAMES = 81  # of a clip
 GRID = 16  # pixels of a token's side
@@ -356,7 +357,8 @@ def check_released_name(path: str, variant: str, which: str) -> None:
     found = variant_of_file(name)
     if found is None:
         logger.info("%s %s: taken for SVI's own weights, as the first one is", flag, path)
-    elif found != variant and variant in VARIANTS:
+    elif found != variant and variant in VARIANTS and not {found, variant} <= set(FILMS):
+        found = "film" if found in FILMS else found
         raise UsageError(f"{flag} {path}: it is named like SVI's LoRA for --variant {found}, not for {variant}")
     other = {"_high": "low", "_low": "high"}.get(which)
     if other and has_word(name, other) and not has_word(name, which[1:]):
@@ -367,7 +369,9 @@ def variant_of_file(name: str) -> str | None:
     """The variant that a file of SVI's releases, or of their conversions, is for; None where the name does not tell."""
     if not has_word(name, "svi"):
         return None
-    for variant in ("shot", "film", "tom", "talk", "dance"):
+    if has_word(name, "film"):
+        return "film-transitions" if has_word(name, "transitions") else "film" if has_word(name, "opt") else FILMS[1]
+    for variant in ("shot", "tom", "talk", "dance"):
         if has_word(name, variant):
             return variant
     if not re.search(r"(?<![a-z])v?2\.0|(?<![a-z])v2(?!\d)", name, re.IGNORECASE):

@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 from configs import load_config
 from errors import InputError, UsageError, WeightsError
 from models.wan.config import VARIANTS, WanConfig
-from models.wan.tea_cache import COEFFICIENTS
+from models.wan.tea_cache import COEFFICIENTS, coefficients_of
 from pipelines.record import OF_ONE_RUN
 from pipelines.weights import find_gguf
 from preprocess.prompts import read_prompts
@@ -373,8 +373,7 @@ def check_settings(settings: Settings, config: dict) -> Settings:
         accepted = ", ".join(settings.families)
         raise UsageError(f"--config {config['name']}: model of family {family}; accepted here are {accepted}")
     check_fp8(settings)
-    fitted = config.get("tiny") or (config["variant"] in COEFFICIENTS and not config.get("experts"))
-    if settings.step_cache == "teacache" and not fitted:
+    if settings.step_cache == "teacache" and coefficients_of(config) is None:
         raise UsageError(
             f"--step_cache teacache: fitted for {', '.join(COEFFICIENTS)} of Wan2.1, not for {config['name']}; "
             "use first_block"

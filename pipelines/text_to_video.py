@@ -16,7 +16,7 @@ from tqdm import tqdm
 from errors import ResourceError, UserError
 from models.identity.stand_in import Identity, StandIn
 from models.wan.schedulers import expert_index, get_schedule, make_solver
-from models.wan.tea_cache import COEFFICIENTS, TeaCache
+from models.wan.tea_cache import TeaCache, coefficients_of
 from models.wan.transformer import Plugin, Prompt, WanTransformer
 from models.wan.vae import Tiling
 from pipelines.conditions import image_to_clip, initial_noise
@@ -305,7 +305,7 @@ class VideoMaker:
     def tea_caches(self) -> dict[str, TeaCache]:
         if self.settings.step_cache != "teacache":
             return {}
-        coefficients = COEFFICIENTS[self.wan.config.get("variant", "t2v-14B")]
+        coefficients = coefficients_of(self.wan.config)
         return {
             branch: TeaCache(self.schedule.num_steps, self.settings.step_cache_threshold, coefficients)
             for branch in self.branches

@@ -153,9 +153,11 @@ def _with_model(task, args):
     else:
         folder = Path(args.depth_path or DEPTH_PATH)
         if not (folder / "config.json").is_file():
+            from configs import download_command, load_config
+
             raise WeightsError(
                 f"--depth_path {str(folder)!r}: no Depth Anything model there. Give its folder in transformers' "
-                f"layout, or run: hf download depth-anything/Depth-Anything-V2-Large-hf --local-dir {folder}"
+                f"layout, or {download_command(load_config('depth-anything-v2-large'))}"
             )
         frames, fps = read_clip(args.video, "--video")
         from preprocess.depth import depth_map, load_depth_model

@@ -29,10 +29,11 @@ def load_depth_model(folder, device="cpu"):
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
+            from configs import download_command, load_config
+
             raise WeightsError(
-                f"depth model {str(folder)!r}: {name} is missing. Put a Depth Anything model in transformers' layout "
-                "there, for instance the hub's depth-anything/Depth-Anything-V2-Large-hf: "
-                f"hf download depth-anything/Depth-Anything-V2-Large-hf --local-dir {folder}"
+                f"depth model {str(folder)!r}: {name} is missing. Give the folder of a Depth Anything model in "
+                f"transformers' layout, or {download_command(load_config('depth-anything-v2-large'))}"
             )
     try:
         config = DepthAnythingConfig.from_pretrained(folder, local_files_only=True)

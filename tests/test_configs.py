@@ -12,8 +12,10 @@ import infer_with_lora
 from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
 from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
+from models.wan.tea_cache import coefficients_of
 from models.wan.transformer import Prompt
 from pipelines.distributed import Processes
+from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.settings import Settings, resolve_settings
 from pipelines.wan import Wan
 
@@ -24,6 +26,8 @@ UPSTREAM = {
     "wan2.1-i2v-14B-480P": (40, 3.0, 5.0, 81, 16, 480, 832, "unipc"),
     "wan2.1-i2v-14B-720P": (40, 5.0, 5.0, 81, 16, 720, 1280, "unipc"),
     "wan2.1-flf2v-14B-720P": (50, 16.0, 5.0, 81, 16, 720, 1280, "unipc"),
+    "wan2.1-fun-1.3B-inp": (50, 5.0, 6.0, 81, 16, 480, 832, "euler-flow"),  # of VideoX-Fun's predict_i2v.py
+    "stableavatar-1.3B": (50, 5.0, 5.0, 81, 25, 512, 512, "euler-flow"),
     "wan2.1-vace-14B": (50, 16.0, 5.0, 81, 16, 720, 1280, "unipc"),
     "wan2.2-t2v-A14B": (40, 12.0, {"high": 4.0, "low": 3.0}, 81, 16, 720, 1280, "unipc"),
     "wan2.2-i2v-A14B": (40, 5.0, 3.5, 81, 16, 720, 1280, "unipc"),
@@ -98,6 +102,18 @@ def test_two_experts_and_their_boundaries():
     assert load_config("wan2.2-i2v-A14B")["boundary"] == 0.9
     assert load_config("wan2.2-t2v-A14B")["boundary"] == 0.875
     assert "boundary" not in load_config("wan2.1-t2v-14B")
+
+
+def test_teacache_is_fitted_to_the_size_of_image_to_video():
+    for size, first in (("480P", 2.57151496e5), ("720P", 8.10705460e3)):
+        assert coefficients_of(load_config(f"wan2.1-i2v-14B-{size}"))[0] == first
+    assert coefficients_of(load_config("svi-shot")) == coefficients_of(load_config("wan2.1-i2v-14B-480P"))
+    assert coefficients_of(load_config("wan2.1-t2v-14B"))[0] == -3.03318725e5
+    for name in ("wan2.1-flf2v-14B-720P", "wan2.2-i2v-A14B", "wan2.2-t2v-A14B", "wan2.2-ti2v-5B"):
+        assert coefficients_of(load_config(name)) is None, name
+    face = str(FOLDER.parent / "assets" / "face.png")
+    flags = ["--config", "wan2.1-i2v-14B-720P", "--image", face, "--prompt", "x", "--step_cache", "teacache"]
+    assert resolve_image_to_video(infer.parse_args(flags))[0].step_cache == "teacache"
 
 
 def test_part_paths(tmp_path):

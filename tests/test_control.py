@@ -422,7 +422,7 @@ def test_depth_anything_loads_from_a_folder(tmp_path):
 
     from preprocess.depth import depth_map, load_depth_model
 
-    with pytest.raises(WeightsError, match="config.json is missing.*hf download"):
+    with pytest.raises(WeightsError, match="config.json is missing.*download_models.py --only depth-anything-v2-large"):
         load_depth_model(tmp_path)
     backbone = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14,
                             out_features=[f"stage{i}" for i in range(1, 5)], reshape_hidden_states=False)  # fmt: skip
@@ -571,7 +571,7 @@ def test_inpainting_follows_the_mask_and_goes_on_into_a_composition(media, tmp_p
         ("composition --video {media}/in.mp4 --video2 {media}/in.mp4 --compose repaint depth", UsageError, "--mask"),
         ("pose --video {media}/in.mp4 --pose_path {media}/none.onnx", WeightsError, "--only vace-annotators"),
         ("scribble --video {media}/in.mp4 --scribble_path {media}/none.pth", WeightsError, "none.pth"),
-        ("depth --video {media}/in.mp4 --depth_path {media}", WeightsError, "hf download"),
+        ("depth --video {media}/in.mp4 --depth_path {media}", WeightsError, "--only depth-anything-v2-large"),
     ],
 )
 def test_errors_leave_nothing_behind(media, tmp_path, command, error, message):

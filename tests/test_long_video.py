@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import infer_long_video
 from configs import load_config
-from errors import UserError
+from errors import UsageError, UserError
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Chain, clips_for, plan_clips, pose_indices, prompts_of_clips, upstream_pose_indices
 from pipelines.drift_report import clip_starts, draw, likeness_to, measure_clips
 from pipelines.long_video_settings import (
     VARIANTS,
     Variant,
+    check_released_name,
     resolve_long_video,
     size_on_area,
     variant_config,
@@ -85,6 +86,21 @@ def test_every_moment_is_shown_once(name):
         clips = plan_clips(chain, ["p"] * 5, extends=extends)
         shown = [clip.start + i for clip in clips for i in clip.kept]
         assert shown == list(range(chain.overlap if extends else 0, 5 * 81 - 4 * chain.overlap))
+
+
+def test_motion_frames_are_upstreams_or_as_asked(tmp_path):
+    def settings(*flags):
+        return resolve_long_video(infer_long_video.parse_args([*ONE_MODEL, "--prompt", "a", "b", *flags]))[0]
+
+    variant = ["--variant", "2.0-wan2.1"]
+    assert settings(*variant).svi.chain(81) == Chain(81, 5, 5, "earlier")  # of scripts/test/svi_2.0.sh
+    assert settings(*variant, "--num_motion_frames", "1").svi.chain(81) == Chain(81, 1, 1, "earlier")
+    assert settings("--variant", "film").svi.motion_frames == 5
+    assert settings("--variant", "film-transitions").svi.motion_frames == 5
+    assert settings("--variant", "shot").svi.motion_frames == 1
+    flags = [*ONE_MODEL, *variant, *LONGER, "--num_clips", 2]
+    assert len(make(tmp_path / "five.mp4", *flags)) == 2 * 9 - 5
+    assert len(make(tmp_path / "one.mp4", *flags, "--num_motion_frames", 1)) == 2 * 9 - 1
 
 
 def test_seams_of_upstream_show_a_moment_twice():
@@ -523,6 +539,9 @@ def test_names_of_released_files_tell_their_variant():
         for released in variant_config(name)["files"].values():
             assert variant_of_file(Path(released).name) == name, released
     assert variant_of_file("SVI_v2_PRO_Wan2.2-I2V-A14B_HIGH_lora_rank_128_fp16.safetensors") == "2.0-pro"
+    check_released_name("svi-film_lora_rank_128_fp16.safetensors", "film", "")  # of the same variant
+    with pytest.raises(UsageError, match="--variant film, not for shot"):
+        check_released_name("svi-film-transitions.safetensors", "shot", "")
     for other in ("custom_style.safetensors", "my_svi_run.safetensors", "shotgun.safetensors", "tom.safetensors"):
         assert variant_of_file(other) is None
 
@@ -541,6 +560,8 @@ def test_names_of_released_files_tell_their_variant():
             ["svi-film-opt", "--only wan2.1-i2v-14B-480P svi-film"],
         ),
         (["--variant", "2.0", *ONE_MODEL], 2, ["--variant 2.0", "two experts"]),
+        (["--num_motion_frames", "0"], 2, ["--num_motion_frames 0", "trained with 1"]),
+        (["--variant", "2.0-pro", *TWO_EXPERTS, "--num_motion_frames", "4"], 2, ["--num_motion_frames 4"]),
         (["--variant", "shot", *TWO_EXPERTS], 2, ["--variant shot", "one model"]),
         (["--config", "svi-film", "--variant", "tom"], 2, ["contradict"]),
         (["--config", "wan2.1-t2v-1.3B", "--prompt", "x"], 2, ["family t2v"]),

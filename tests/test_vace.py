@@ -500,6 +500,17 @@ def test_every_flag_changes_the_video(tmp_path, clip, plain, reference):
     assert (alone != made["one"]).mean() > 1e-3
 
 
+def test_scale_is_lower_beside_an_identity():
+    """0.8 as Stand-In's own script has it; what is given counts in either case."""
+    for flags, scale in (
+        (["--config", "wan2.1-vace-1.3B"], 1.0),
+        (["--ip_image", "assets/face.png"], 0.8),
+        (["--ip_image", "assets/face.png", "--vace_scale", "1"], 1.0),
+    ):
+        args = infer_with_vace.parse_args(["--prompt", "x", *flags])
+        assert resolve_vace_settings(args)[0].vace_scale == scale
+
+
 def test_scale_0_is_the_video_of_infer(tmp_path, clip, plain):
     base = ["--config", str(plain)]
     with_vace = make(tmp_path / "vace.mp4", *base, "--reference_video", clip, "--vace_scale", 0)

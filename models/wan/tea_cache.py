@@ -14,7 +14,19 @@ COEFFICIENTS = {
     "t2v-1.3B": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
     "t2v-14B": (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
 }
+# Of Wan2.1's image-to-video by the size it was trained for; Stand-In's source has them as well.
+COEFFICIENTS["i2v-14B-480P"] = (2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1)
+COEFFICIENTS["i2v-14B-720P"] = (8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2)
 COEFFICIENTS["fun-inp-1.3B"] = COEFFICIENTS["t2v-1.3B"]  # as VideoX-Fun and StableAvatar run it
+
+
+def coefficients_of(config: dict) -> tuple[float, ...] | None:
+    """Those fitted for the model of a config; None if nobody fitted any. The tiny model takes a released one's."""
+    if config.get("tiny"):
+        return COEFFICIENTS["t2v-14B"]
+    if config.get("experts"):
+        return None
+    return COEFFICIENTS.get(config.get("tea_cache") or config.get("variant"))
 
 
 @dataclass
