@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     wan = AvatarWan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
-    wan.check(beside=wan.adapter_bytes())
+    wan.check()
 
     reference = read_reference(settings)  # (H, W, 3) uint8
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this

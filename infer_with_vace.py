@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     wan = VaceWan(settings, config, processes)
     scorer = load_scorer(settings, settings.score_photos)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
-    wan.check(at_once=replace(settings, num_frames=frames), beside=wan.branch_bytes())
+    wan.check(at_once=replace(settings, num_frames=frames))
 
     control = read_control(settings, demonstrate=wan.is_tiny)
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each

@@ -78,13 +78,9 @@ class AvatarWan(Wan):
             files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER, read=read))
         return files
 
-    def adapter_bytes(self) -> int:
-        """What the adapter adds to the device memory, by its memory mode (see `estimate_device_bytes`)."""
-        if self.memory in ("group", "sequential"):
-            return 0
+    def model_beside(self) -> AudioAdapter:
         with torch.device("meta"):
-            adapter = AudioAdapter(dim=self.transformer_config.dim, num_layers=self.transformer_config.num_layers)
-        return sum(p.numel() for p in adapter.parameters()) * (1 if self.settings.fp8 else self.dtype.itemsize)
+            return AudioAdapter(dim=self.transformer_config.dim, num_layers=self.transformer_config.num_layers)
 
     def adapter(self) -> AudioAdapter:
         """The adapter of the transformer that `transformer` returned last."""

@@ -169,6 +169,6 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
                 raise UsageError(f"--{name}: only with --step_cache teacache")
     if settings.fsdp_dit and settings.ulysses_degree * settings.ring_degree == 1:
         raise UsageError("--fsdp_dit shards the weights over the processes of --ulysses_degree or --ring_degree")
-    if settings.fsdp_dit and (settings.memory not in ("model", "resident") or settings.fp8 or settings.compile):
+    if settings.fsdp_dit and (settings.memory not in ("auto", "model", "resident") or settings.fp8 or settings.compile):
         raise UsageError("--fsdp_dit keeps the weights on the devices as they are: no --memory, --fp8 or --compile")
     check_pictures(reference_image=(settings.reference_image,))

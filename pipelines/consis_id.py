@@ -42,7 +42,7 @@ from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_network
 from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
-from pipelines.memory import check_memory, free_cached, offload_groups, stage
+from pipelines.memory import Needs, check_memory, choose_mode, free_bytes, free_cached, offload_groups, stage
 from pipelines.record import describe_run
 from pipelines.text_to_video import ProgressBar
 from pipelines.video_file import VideoWriter
@@ -58,6 +58,7 @@ diffusers_logging.set_verbosity_error()  # its notes on experimental features ar
 SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)}
 # Bytes a pixel of the shown picture while the VAE decodes, in 16 bits: the authors measured 16 GB at 720x480.
 DECODE_BYTES = 45_000
+T5_VALUES, VAE_VALUES = 4_760_000_000, 216_000_000
 
 
 class ConsisID:
@@ -73,6 +74,9 @@ class ConsisID:
         self.device = processes.device
         self.dtype = DTYPES.get(settings.dtype, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.base_path = Path(settings.base_path or Path("checkpoints") / config["dest"])
+        # Of `auto` this is the guess until `check` decides.
+        self.memory = settings.memory if settings.memory != "auto" else "resident"
+        self.text_on_device = self.memory not in ("group", "sequential")
         self.hint = download_command(config)
         self._pipeline: ConsisIDPipeline | None = None
         self._extractor: LocalFacialExtractor | None = None
@@ -99,7 +103,19 @@ class ConsisID:
         face_networks(self.settings, self.base_path, self.hint)
         config = read_json(self.transformer_path / "config.json", self.hint)
         self.check_size(config)
-        check_memory(self.settings, self.estimate_device_bytes(config), self.device)
+        free = free_bytes(self.device)
+        chosen = choose_mode(
+            self.needs(config),
+            *free,
+            device=self.device.type,
+            memory=self.settings.memory,
+            fp8=self.settings.fp8,
+            tiled=self.settings.tiled,
+        )
+        if self.settings.memory == "auto" and self.device.type == "cuda":
+            logger.info("--memory auto: %s", chosen.describe(*free))
+        self.memory, self.text_on_device = chosen.memory, chosen.text_on_device
+        check_memory(self.settings, chosen.device_bytes, self.device)
 
     def weights(self) -> list[WeightsFile]:
         """All that is read, without the networks of the face."""
@@ -123,30 +139,46 @@ class ConsisID:
         if config.get("patch_size_t") and (asked[0] > height or asked[1] > width):
             raise UsageError(f"{shown}: {self.transformer_path} makes at most {height}x{width} (height x width)")
 
-    def estimate_device_bytes(self, config: dict) -> int:
-        """Peak bytes on the device, from shapes, to refuse the hopeless: the text encoder, or the transformer with one
-        call, or one decoded chunk.
-        """
+    def needs(self, config: dict) -> Needs:
+        """What a run needs, from shapes: the text encoder, or the transformer with one call, or one decoded chunk."""
         face, rest = split_config(config, self.transformer_path)
         with init_empty_weights():
             transformer = ConsisIDTransformer(face, **rest)
         whole = sum(p.numel() for p in transformer.parameters())
         blocks = sum(p.numel() for p in transformer.transformer_blocks.parameters())
         per_block = blocks // len(transformer.transformer_blocks)
-        memory, size = self.settings.memory, self.dtype.itemsize
-        weights = {
+        size = self.dtype.itemsize
+        values = {
             "resident": whole,
             "model": whole,
             "group": whole - blocks + 2 * per_block,
             "sequential": per_block,
-        }[memory] * (1 if self.settings.fp8 else size)
+        }
         frames = (self.settings.num_frames - 1) // 4 + 1
         pixels = self.settings.height * self.settings.width
         dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        # Both branches of the guidance at once; of each token its stream, q, k, v, and the wide layer (4 times).
-        call = 2 * frames * pixels // 256 * 12 * dim * size
-        decode = DECODE_BYTES * size // 2 * (pixels // 4 if self.settings.tiled else pixels)
-        return max(weights + call, decode + (weights if memory == "resident" else 0)) if dim >= 1024 else 0
+        decode = DECODE_BYTES * size // 2 * pixels
+        released = dim >= 1024  # figures of the VAE and of T5 are those of the released widths
+        return Needs(
+            experts=1,
+            expert=whole * size,
+            expert_fp8=whole,
+            weights={memory: count * size for memory, count in values.items()},
+            weights_fp8=values,
+            # Both branches of the guidance at once; of each token its stream, q, k, v, and the wide layer (4 times).
+            call=2 * frames * pixels // 256 * 12 * dim * size,
+            kept_text=0,
+            kept_photos=0,
+            text_encoder=T5_VALUES * size if released else 0,
+            image_encoder=0,
+            vae=VAE_VALUES * size if released else 0,
+            encode=0,
+            encode_past=0,
+            decode=decode if released else 0,
+            decode_past=0,
+            tile=decode // 4 if released else 0,
+            tiles_past=0,
+        )
 
     @property
     def scoring_settings(self) -> ConsisIDSettings:
@@ -172,7 +204,7 @@ class ConsisID:
         length = read_json(self.transformer_path / "config.json", self.hint).get("max_text_seq_length", 226)
         tokenizer = load_tokenizer(self.base_path / "tokenizer", self.hint)
         encoder = load_text_encoder(self.base_path / "text_encoder", self.dtype, self.hint)
-        if self.settings.memory in ("group", "sequential"):
+        if self.device.type != "cpu" and not self.text_on_device or self.memory in ("group", "sequential"):
             apply_group_offloading(encoder, onload_device=self.device, offload_type="leaf_level")
         else:
             encoder.to(self.device)
@@ -196,13 +228,13 @@ class ConsisID:
             vae = load_vae(self.base_path / "vae", self.dtype, self.hint)
             if self.settings.fp8:
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
-            if self.settings.memory in ("group", "sequential"):
-                offload_groups(transformer, self.device, self.settings.memory)
+            if self.memory in ("group", "sequential"):
+                offload_groups(transformer, self.device, self.memory)
             scheduler = make_scheduler(read_json(self.base_path / "scheduler" / "scheduler_config.json", self.hint))
             self._pipeline = ConsisIDPipeline(None, None, vae.to(self.device), transformer, scheduler)
             self._pipeline.set_progress_bar_config(disable=True)
             self._extractor = extractor.to(self.device)
-        if self.settings.memory in ("resident", "model"):
+        if self.memory in ("resident", "model"):
             self._pipeline.transformer.to(self.device)
         return self._pipeline
 
@@ -217,7 +249,7 @@ class ConsisID:
     def decoder(self) -> Iterator[AutoencoderKLCogVideoX]:
         """The VAE, with the device to itself as far as the memory mode goes."""
         pipeline = self.pipeline()
-        if self.settings.memory == "model":
+        if self.memory == "model":
             pipeline.transformer.to("cpu")
             free_cached(self.device)
         # Not on the way in: a single frame takes little, and comes out exact.

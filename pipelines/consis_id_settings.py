@@ -55,7 +55,7 @@ class ConsisIDSettings(LikenessSettings):
     tiled: bool = False
     device: str = "auto"
     dtype: str = "auto"
-    memory: str = "model"
+    memory: str = "auto"
     fp8: bool = False
 
     def as_dict(self) -> dict:

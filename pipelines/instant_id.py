@@ -46,6 +46,9 @@ from preprocess.keypoints import box_mask, draw_keypoints, frame_face, resize_pi
 
 logger = logging.getLogger("selfsame")
 
+# Bytes beside the weights that a picture of a megapixel takes, at most while it is decoded in float32.
+DRAWING = 7 * 2**29
+
 # -------------------------------------------------------------------------------------------------------- the face
 
 
@@ -164,7 +167,7 @@ def load_instant_id(settings: InstantIdSettings, config: dict, device: torch.dev
     if settings.tiled:
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(dynamic_ncols=True, unit="step")
-    place_pipeline(pipeline, device, settings.memory)
+    place_pipeline(pipeline, device, settings.memory, DRAWING)
     return pipeline
 
 

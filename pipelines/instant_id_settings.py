@@ -69,7 +69,7 @@ class InstantIdSettings(LikenessSettings):
     tiled: bool = False
     device: str = "auto"
     dtype: str = "auto"
-    memory: str = "model"
+    memory: str = "auto"
 
     @property
     def framed(self) -> bool:

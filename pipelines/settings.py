@@ -27,7 +27,7 @@ CHOICES = {
     "solver": ("euler", "euler-flow", "unipc", "dpm++"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
     "vae_dtype": ("auto", "bf16", "fp16", "fp32"),
-    "memory": ("resident", "model", "group", "sequential"),
+    "memory": ("auto", "resident", "model", "group", "sequential"),
     "step_cache": ("none", "teacache", "first_block"),
 }
 WAN_VERSIONS = ("2.1", "2.2")
@@ -114,13 +114,13 @@ class Settings(LikenessSettings):
     overwrite: bool = False
     quality: int = 9
     preview: bool = False
-    tiled: bool = False
+    tiled: bool | None = None  # None: where --memory auto finds no other way
     device: str = "auto"
     dtype: str = "auto"
     vae_dtype: str = "auto"
     attention_backend: str = "native"
-    memory: str = "model"
-    fp8: bool = False
+    memory: str = "auto"
+    fp8: bool | None = None  # None: where --memory auto finds no other way
     compile: bool = False
     ulysses_degree: int = 1
     ring_degree: int = 1
@@ -312,13 +312,15 @@ def check_likeness(settings: LikenessSettings) -> None:
 
 
 def check_fp8(settings) -> None:
-    """Whether the memory mode, of settings of any method, leaves the casting of weights to --fp8.
+    """Whether what settings of any method say beside it leaves the casting of weights to --fp8.
 
     Raises:
         UsageError: it does not.
     """
     if settings.fp8 and settings.memory in ("group", "sequential"):
         raise UsageError(f"--fp8 with --memory {settings.memory}: both move weights at each call; choose one")
+    if settings.fp8 and getattr(settings, "compile", False):
+        raise UsageError("--fp8 with --compile: float8 weights cannot be compiled yet; choose one")
 
 
 def check_formats(settings: object) -> None:

@@ -21,7 +21,6 @@ from pipelines.audio_guidance import UNCONDITIONAL, branch_prompts, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert
 from pipelines.jobs import Job
 from pipelines.long_video import Existing, LongVideoMaker
-from pipelines.settings import Settings
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness, read_audio
@@ -58,17 +57,11 @@ class TalkWan(Wan):
     def _check_multitalk(self) -> None:
         load_multitalk(self.multitalk_path, self._meta_transformer(), device="meta")
 
-    def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
-        super().check(at_once, beside + self.layer_bytes())
-
-    def layer_bytes(self) -> int:
-        """What the audio layers add to the device memory, by its memory mode (see `estimate_device_bytes`)."""
-        if self.is_tiny or self.memory in ("group", "sequential"):  # there a block of them at a time, 0.1 GiB
-            return 0
+    def model_beside(self) -> MultiTalk:
         shape = self.transformer_config
+        widths = self.config["multitalk"] if self.multitalk_path is None else {}
         with torch.device("meta"):
-            layers = MultiTalk(shape.dim, shape.num_heads, shape.num_layers)
-        return sum(p.numel() for p in layers.parameters()) * (1 if self.settings.fp8 else self.dtype.itemsize)
+            return MultiTalk(shape.dim, shape.num_heads, shape.num_layers, **widths)
 
     def encode_speech(self, samples: numpy.ndarray, num_frames: int) -> Tensor:
         """The speech (N,) at 16 kHz as hidden states (F, 12, 768), one entry a video frame: bfloat16 on the CPU, as the

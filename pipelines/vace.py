@@ -141,18 +141,11 @@ class VaceWan(Wan):
     def encodes_pictures(self) -> bool:
         return True
 
-    def branch_bytes(self) -> int:
-        """What the branch adds to the device memory, by its memory mode (see `estimate_device_bytes`): its weights, and
-        its keys and values of two prompts.
-        """
-        shape, layers = self.transformer_config, self.base["vace"]["vace_layers"]
+    def model_beside(self) -> VaceBranch:
+        shape = self.transformer_config
         same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
         with torch.device("meta"):
-            branch = VaceBranch(**same, vace_layers=layers)
-        whole = sum(p.numel() for p in branch.parameters())
-        values = {"resident": whole, "model": whole, "group": whole // len(layers), "sequential": 0}[self.memory]
-        kept_keys = 0 if self.memory == "sequential" else 2 * 2 * shape.text_len * shape.dim * len(layers)
-        return values * (1 if self.settings.fp8 else self.dtype.itemsize) + kept_keys * self.dtype.itemsize
+            return VaceBranch(**same, vace_layers=self.base["vace"]["vace_layers"])
 
     def branch(self) -> VaceBranch:
         """The branch of the transformer that `transformer` returned last."""

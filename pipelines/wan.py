@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from configs import download_command
-from errors import UsageError, WeightsError
+from errors import ResourceError, UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
@@ -26,7 +27,20 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
 from pipelines.distributed import Processes, split_sequence
-from pipelines.memory import check_memory, estimate_device_bytes, free_cached, offload_groups
+from pipelines.memory import (
+    MODES,
+    TEXT_ENCODER,
+    Needs,
+    Placement,
+    check_host_memory,
+    check_memory,
+    choose_mode,
+    estimate_needs,
+    free_bytes,
+    free_cached,
+    offload_groups,
+    stage,
+)
 from pipelines.record import describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import WeightsFile, check_weights, face_files
@@ -78,7 +92,9 @@ class Wan:
         self.dtype = DTYPES.get(settings.dtype, torch.float32 if on_cpu else torch.bfloat16)
         # The VAE is the cheap part to keep exact: released numerics are float32.
         self.vae_dtype = DTYPES.get(settings.vae_dtype, torch.float32)
-        self.memory = settings.memory
+        # Of `auto` this is the guess until `check` decides; one memory has nothing to move.
+        self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
+        self.placement: Placement | None = None
         self.attention_backend = settings.attention_backend
         self.is_tiny = bool(config.get("tiny")) and settings.base_path is None
         self._transformers: dict[int, WanTransformer] = {}
@@ -257,24 +273,80 @@ class Wan:
         path = Path(given or self.base_path)
         return found_or(path, part_of_release, path, *place)
 
-    def check(self, at_once: Settings | None = None, beside: int = 0) -> None:
-        """Look for what would end the run later, before anything loads.
+    def check(self, at_once: Settings | None = None) -> None:
+        """Look for what would end the run later, before anything loads; and choose what `--memory auto` leaves open.
 
         Args:
             at_once: settings of the most that is computed at one time, where that is less than the whole video.
-            beside: bytes of further parts on the device.
 
         Raises:
             WeightsError: files that are not there, with the command that fetches them.
-            ResourceError: more memory than the device has.
+            ResourceError: more memory than the device, or the machine, has.
         """
         self.check_files()
         self.check_attention_backend()
-        shape = self.transformer_config
-        needed = estimate_device_bytes(at_once or self.settings, shape, self.dtype.itemsize, self.num_experts)
-        check_memory(self.settings, needed + beside + self.lora_bytes(), self.device)
+        self.use_placement(self.processes.share(self.choose_placement(self.needs(at_once))))
+        check_memory(self.settings, self.placement.device_bytes, self.device)
+        if self.has_own_memory:
+            check_host_memory(self.settings.memory, self.placement.host_bytes)
         if self.is_tiny:
             tiny.announce(self.settings.real_model)
+
+    def needs(self, at_once: Settings | None = None) -> Needs:
+        """What a run needs, of which `check` chooses; `at_once` as there."""
+        size = at_once or self.settings
+        return estimate_needs(
+            self.transformer_config,
+            size.height,
+            size.width,
+            size.num_frames,
+            itemsize=self.dtype.itemsize,
+            vae_itemsize=self.vae_dtype.itemsize,
+            experts=self.num_experts,
+            photos=len(self.settings.stand_in_photos),
+            encodes=self.encodes_videos,
+            vae=self.config.get("vae") if self.is_tiny else None,
+            text_encoder=0 if self.is_tiny else TEXT_ENCODER,
+            beside=self.model_beside(),
+            more={memory: self.lora_bytes(memory) for memory in MODES},
+        )
+
+    def model_beside(self) -> ModelMixin | None:
+        """The layers that are loaded with a transformer, on the meta device."""
+        return None
+
+    @property
+    def encodes_videos(self) -> bool:
+        """Whether the VAE encodes at the video's size, not photos alone."""
+        names = ("image", "first_frame", "input_video", "reference_video", "reference_image")
+        given = any(getattr(self.settings, name, None) for name in names)
+        return given or family_of(self.config) not in ("t2v", "ti2v")
+
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether the device's memory is another than the machine's."""
+        return self.device.type == "cuda"
+
+    def choose_placement(self, needs: Needs) -> Placement:
+        """Where the parts live: as the settings say, and where they say `auto`, what is fastest with what is free."""
+        settings = self.settings
+        fp8 = settings.fp8
+        if settings.compile or getattr(settings, "lora_mode", None) == "merged":
+            fp8 = bool(fp8)  # not chosen: it cannot be compiled, and most of a merged LoRA would be rounded away
+        free = free_bytes(self.device)
+        placement = choose_mode(
+            needs, *free, device=self.device.type, memory=settings.memory, fp8=fp8, tiled=settings.tiled
+        )
+        if settings.memory == "auto" and self.has_own_memory:
+            logger.info("--memory auto: %s", placement.describe(*free))
+        return placement
+
+    def use_placement(self, placement: Placement) -> None:
+        """What decides the frames (fp8, tiles) becomes a setting, and so part of the record; the rest does not."""
+        self.placement, self.memory = placement, placement.memory
+        self.settings = replace(self.settings, fp8=placement.fp8, tiled=placement.tiled)
+        if self._loras:  # they run beside weights in float8
+            self._live_loras = self.settings.live_loras
 
     def check_files(self) -> None:
         """Say all that is missing or wrong before anything is loaded.
@@ -303,23 +375,51 @@ class Wan:
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text states (tokens, text_dim) of each distinct prompt, on the CPU. The encoder is freed before returning.
 
-        umT5 takes 10.6 GiB, more than the transformer does under `group`; prompts are short and are run without
-        padding, so there a CPU does it in seconds.
+        umT5 takes 10.6 GiB. Where the device has no room for it, it runs on the CPU: prompts are short and are run
+        without padding, so that is a matter of seconds.
+
+        Raises:
+            ResourceError: out of memory on the CPU too.
         """
-        encoder = self._load_text_encoder().to("cpu" if self.memory in ("group", "sequential") else self.device)
+        device = self.device if self.text_on_device else torch.device("cpu")
         distinct = list(dict.fromkeys(prompts))
-        states = {prompt: state.cpu() for prompt, state in zip(distinct, encoder.encode_prompts(distinct), strict=True)}
+        try:
+            with stage("encoding the prompts", "close other programs, or add swap"):
+                return self._encode_prompts(distinct, device)
+        except ResourceError:
+            if device.type == "cpu":
+                raise
+        logger.warning("out of memory while encoding the prompts on %s; going on with the CPU", device)
+        self._free()
+        with stage("encoding the prompts", "close other programs, or add swap"):
+            return self._encode_prompts(distinct, torch.device("cpu"))
+
+    @property
+    def text_on_device(self) -> bool:
+        if self.placement is not None:
+            return self.placement.text_on_device
+        return self.memory not in ("group", "sequential")
+
+    def _encode_prompts(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        encoder = self._load_text_encoder(device)
+        states = {prompt: state.cpu() for prompt, state in zip(prompts, encoder.encode_prompts(prompts), strict=True)}
         del encoder
         self._free()
         return states
 
-    def _load_text_encoder(self) -> TextEncoder:
+    def _load_text_encoder(self, device: torch.device) -> TextEncoder:
         if self.is_tiny:
-            return tiny.tiny_text_encoder(self.config)
+            return tiny.tiny_text_encoder(self.config).to(device)
         path = self.settings.text_encoder_path or self.base_path
-        # fp32 weights would be 22 GB and are rounded from the released bfloat16 anyway; on a CPU bfloat16 is slow.
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        return load_text_encoder(path, self.settings.tokenizer_path, dtype=dtype, hint=self.hint(self.base))
+        # On a CPU as the file has it, bfloat16 as released: it stays mapped from disk, where float32 takes 21 GiB.
+        on_cpu = device.type == "cpu"
+        return load_text_encoder(
+            path,
+            self.settings.tokenizer_path,
+            dtype=None if on_cpu else torch.bfloat16,
+            device=None if on_cpu else device,
+            hint=self.hint(self.base),
+        )
 
     def encode_images(self, images: Sequence[Tensor], keep: bool = False) -> Tensor | None:
         """CLIP features (1, pictures · 257, 1280) of pictures (1, 3, H, W) in [-1, 1], on the CPU; None where the
@@ -357,6 +457,8 @@ class Wan:
                 path = self.settings.vae_path or self.base_path
                 self._vae = load_vae(path, dtype=self.vae_dtype, hint=self.hint(self.base))
             self._vae = self._vae.to(self.vae_dtype)
+        if self.placement is not None:
+            self._vae.past_device = None if self.placement.past_on_device else torch.device("cpu")
         try:
             yield self._vae.to(self.device)
         finally:
@@ -370,7 +472,7 @@ class Wan:
         with_loras: False switches live LoRAs off. What is kept from another state, a `Prompt`'s keys and values or an
             `Identity`, is not right any more then.
         """
-        if self.memory == "model":
+        if self.memory == "model" or not self.keeps_weights:
             self.release_transformers(keep=expert)
         if expert not in self._transformers:
             self._transformers[expert] = self._load_transformer(expert)
@@ -383,16 +485,26 @@ class Wan:
         """The layers that were loaded with the transformer that `transformer` returned last."""
         return self._beside.to(self.device) if self.memory == "model" else self._beside
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights wait in RAM for their turn; where that is too small they are read again."""
+        return self.placement is None or self.placement.keeps_weights
+
     def release_transformers(self, keep: int | None = None) -> None:
-        """Make room on the device for another part."""
-        if self.memory != "model":
-            return
-        for expert, transformer in self._transformers.items():
-            if expert != keep:
-                transformer.to("cpu")
-        if keep is None and self._beside is not None:
-            self._beside.to("cpu")
-        free_cached(self.device)
+        """Make room on the device for another part, and in a RAM that does not hold all experts for the one to keep."""
+        others = [expert for expert in self._transformers if expert != keep]
+        if not self.keeps_weights and (self.memory == "model" or keep is not None):
+            if others:
+                for expert in others:
+                    del self._transformers[expert]
+                self._beside = None
+                self._free()
+        elif self.memory == "model":
+            for expert in others:
+                self._transformers[expert].to("cpu")
+            if keep is None and self._beside is not None:
+                self._beside.to("cpu")
+            free_cached(self.device)
 
     def _load_transformer(self, expert: int) -> WanTransformer:
         transformer = self._read_transformer(expert, self.device if self.memory == "resident" else None)
@@ -474,8 +586,8 @@ class Wan:
         start, end = (round(share * num_steps) for share in self._lora_steps)
         return start <= step < end
 
-    def lora_bytes(self) -> int:
-        """What live LoRAs add to the device memory, by its memory mode (see `estimate_device_bytes`)."""
+    def lora_bytes(self, memory: str | None = None) -> int:
+        """What live LoRAs add to the device memory under a memory mode, by default the present one."""
         if not self._live_loras:
             return 0
         of_experts = [
@@ -488,7 +600,7 @@ class Wan:
             "model": largest,
             "group": 2 * largest // self.transformer_config.num_layers,
             "sequential": 0,
-        }[self.memory]
+        }[memory or self.memory]
         return values * self.dtype.itemsize
 
     def check_attention_backend(self) -> None:
@@ -533,6 +645,8 @@ class Wan:
         self._beside = None
         self._free()
         self.memory = memory
+        if self.placement is not None:
+            self.placement = replace(self.placement, memory=memory, past_on_device=memory != "sequential")
 
     def _free(self) -> None:
         """Give back the memory of parts that were dropped; hooks tie them into cycles, which only gc finds."""

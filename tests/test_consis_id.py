@@ -293,7 +293,7 @@ def test_tiled_decodes_all_frames(releases, tmp_path):
         (["--ip_image", "assets/face.png"], UsageError, "--ip_image: ConsisID takes the photo of one person, 2"),
         (["--guidance_scale", 3, 4], UsageError, "--guidance_scale: 2 values"),
         (["--max_retries", 1], UsageError, "--max_retries 1: give --min_face_score"),
-        (["--memory", "half"], UsageError, "--memory half: accepted are resident"),
+        (["--memory", "half"], UsageError, "--memory half: accepted are auto, resident"),
         (["--num_frames", 0], UsageError, "--num_frames 0: accepted are 1"),
         (["--face_detector", "yolo"], UsageError, "--face_detector yolo: accepted are retinaface, scrfd"),
         (["--face_select", "upstream", "--face_index", 0], UsageError, "--face_select upstream .*--face_index"),

@@ -185,7 +185,7 @@ def test_changes_in_full_cannot_be_switched_off(tmp_path, lora):
 def test_live_loras_count_as_memory_and_merged_ones_do_not(lora, monkeypatch):
     values = sum(t.numel() for pair in factors().values() for t in pair)
 
-    def bytes_of(*flags, memory="model"):
+    def bytes_of(*flags, memory="resident"):
         args = infer_with_lora.parse_args(arguments("x.mp4", "--lora_path", lora, "--memory", memory, *flags))
         settings, config = resolve_lora_settings(args)
         wan = Wan(settings, config, start_processes("cpu"))

@@ -26,10 +26,12 @@ from pipelines.control_video import plan_windows, read_mask, resolve_vace_settin
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
+from pipelines.memory import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace import VaceWan
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.video_file import read_metadata, write_video
+from pipelines.wan import Wan
 from preprocess.video import probe, read_frames
 from tests import tiny
 from tests.test_infer import fail_once, write_release
@@ -243,15 +245,19 @@ def test_a_control_that_does_not_fit_the_memory_is_refused(tmp_path, monkeypatch
 
 
 def test_the_branch_and_its_prompt_keys_count_as_memory():
-    def bytes_of(memory):
-        args = infer_with_vace.parse_args(["--memory", memory, "--output", "x.mp4"])
-        return VaceWan(*resolve_vace_settings(args), start_processes("cpu")).branch_bytes()
+    settings, config = resolve_vace_settings(infer_with_vace.parse_args(["--output", "x.mp4"]))
+    with_branch, without = (kind(settings, config, start_processes("cpu")).needs() for kind in (VaceWan, Wan))
+    added = {memory: with_branch.weights[memory] - without.weights[memory] for memory in MODES}
 
-    weights = sum(p.numel() for p in tiny.vace_branch().parameters())
+    branch = tiny.vace_branch()
+    weights = sum(p.numel() for p in branch.parameters())
+    largest = max(sum(p.numel() for p in block.parameters()) for block in branch.vace_blocks)
+    assert added["model"] == added["resident"] == with_branch.expert - without.expert == 4 * weights
+    outside = sum(p.numel() for p in branch.vace_patch_embedding.parameters())
+    assert added["group"] == 4 * (outside + largest)
+    assert added["sequential"] == 0
     keys = 2 * 2 * 512 * tiny.DIM * 2  # keys and values of two prompts in two blocks
-    assert bytes_of("model") == bytes_of("resident") == 4 * (weights + keys)
-    assert bytes_of("group") == 4 * (weights // 2 + keys)
-    assert bytes_of("sequential") == 0
+    assert with_branch.kept_text - without.kept_text == 4 * keys
 
 
 def test_released_layers():

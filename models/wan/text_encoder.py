@@ -143,11 +143,11 @@ def text_encoder_from_tensors(
     tensors: Mapping[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str | None = None,
     source: str | Path = "state dict",
 ) -> TextEncoder:
-    """Build the encoder around a state dict with original or transformers' names.
+    """Build the encoder around a state dict with original or transformers' names; for `dtype` see `load_text_encoder`.
 
     Raises:
         WeightsError: not the weights of a umT5 encoder; `source` names them.
@@ -163,6 +163,8 @@ def text_encoder_from_tensors(
         raise WeightsError(f"{source}: not the weights of a umT5 encoder (no {error})") from error
     with torch.device("meta"):
         encoder = UMT5EncoderModel(config).encoder
+    if dtype is None:
+        dtype = torch.float32 if tensors["embed_tokens.weight"].dtype == torch.float32 else torch.bfloat16
     assign_tensors(encoder, tensors, dtype=dtype, device=device, source=source, scales=scales)
     return TextEncoder(encoder, tokenizer).eval().requires_grad_(False)
 
@@ -171,7 +173,7 @@ def load_text_encoder(
     path: str | Path,
     tokenizer_path: str | Path | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str | None = None,
     hint: str = "",
 ) -> TextEncoder:
@@ -181,7 +183,8 @@ def load_text_encoder(
         path: a weights file; a Diffusers repository or its `text_encoder` folder; or an original repository.
         tokenizer_path: `load_tokenizer`. Default: the one within the weights; or `google/umt5-xxl` or `tokenizer`,
             beside the weights or one folder above.
-        dtype: of the weights and activations; the release is bfloat16.
+        dtype: of the weights and activations. None: the file's, so that it stays mapped, but bfloat16 for narrower
+            ones, whose range umT5 leaves.
         device: None leaves the weights mapped from disk where they need no cast.
         hint: what to do about missing files; ends the message.
 

@@ -151,6 +151,8 @@ class WanVAE(nn.Module):
     comes out is float32. Inputs may be on any device: each chunk is moved when its turn comes.
     """
 
+    past_device: torch.device | None = None  # where past frames wait, unless a call says so; None: on the device
+
     def __init__(self, autoencoder: AutoencoderKLWan):
         super().__init__()
         replace_wasteful_layers(autoencoder)
@@ -313,7 +315,7 @@ class WanVAE(nn.Module):
             if windows is None:
                 size = chunk.shape[-2] // scale_in, chunk.shape[-1] // scale_in
                 windows = tiling.windows(*size) if tiling else [(slice(0, size[0]), slice(0, size[1]))]
-                states = [StreamState(cache_device) for _ in windows]
+                states = [StreamState(cache_device or self.past_device) for _ in windows]
                 weights = blend_weights(windows, size, tiling, scale_out) if len(windows) > 1 else []
             if len(windows) == 1:
                 yield step(chunk, states[0])
