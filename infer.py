@@ -83,7 +83,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
     processes.close()
     return made
 
@@ -108,7 +108,7 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
     guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
     scorer = load_scorer(settings, settings.ip_image)
     maker = PictureMaker(settings, config, guide, processes.device)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), jobs)
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs))
 
 
 def consis_id(args: argparse.Namespace) -> list[Path]:
@@ -133,7 +133,7 @@ def consis_id(args: argparse.Namespace) -> list[Path]:
     face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
     maker = ConsisIDMaker(model, face, text)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), jobs)
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     reference = read_reference(settings)  # (H, W, 3) uint8
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = AvatarMaker(wan, text, reference, samples)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
     processes.close()
     return made
 

@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     video = open_swap_video(settings, info, 2 * wan.transformer_config.vae_spatial_factor, output)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = FaceSwapMaker(wan, text, video, info)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
     processes.close()
     return made
 

@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> list[Path]:
             logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, likeness=likeness))
         return output
 
-    made = make_all(make_reported, jobs)
+    made = make_all(make_reported, maker.bars.each(jobs))
     processes.close()
     return made
 

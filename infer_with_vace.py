@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VaceMaker(wan, text, faces, control)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), jobs)
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
     processes.close()
     return made
 

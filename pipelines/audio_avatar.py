@@ -35,7 +35,8 @@ from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
 from pipelines.distributed import Processes, shard_weights
 from pipelines.jobs import Job
 from pipelines.memory import stage
-from pipelines.text_to_video import ProgressBar, VideoMaker
+from pipelines.progress_bars import ProgressBars, ShownVAE, StepBar
+from pipelines.text_to_video import VideoMaker
 from pipelines.video_file import readable_bytes
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
@@ -100,8 +101,10 @@ class AvatarWan(Wan):
         with tempfile.TemporaryFile() as file:  # its place is kept by the mapping
             features = torch.from_numpy(numpy.memmap(file, numpy.float32, "w+", 0, (int(starts[-1]), encoder.width)))
         parts = features.split(lengths)
-        for (first, end), part in zip(ranges, parts, strict=True):
-            part.copy_(encoder.last_hidden_state(cut_samples(samples, first, end))[0])
+        with ProgressBars(self.processes.rank == 0).work("encoding the sound", len(parts), "window") as bar:
+            for (first, end), part in zip(ranges, parts, strict=True):
+                part.copy_(encoder.last_hidden_state(cut_samples(samples, first, end))[0])
+                bar.advance()
         del encoder
         self._free()
         return [part[None] for part in parts]
@@ -174,7 +177,8 @@ class AvatarMaker(VideoMaker):
         self.grid = (settings.height // spatial, settings.width // spatial)
         with wan.vae() as vae, stage("encoding the photo", "try a smaller size or --vae_dtype bf16"):
             # Every window is told that it begins with the photo; their overlaps make them one video.
-            self.condition = frames_condition(vae, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
+            shown = ShownVAE(vae, self.bars, "encoding the photo")
+            self.condition = frames_condition(shown, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
         choices = (settings.last_window, settings.audio_alignment)
         ranges = [sound_of(window, self.timeline, self.num_latents, *choices) for window in self.windows]
         self.features = wan.encode_sounds(samples, ranges)
@@ -214,8 +218,9 @@ class AvatarMaker(VideoMaker):
     def denoise(self, job: Job, state: AvatarState) -> Tensor:
         """Clean latents (F, C, h, w), on the disk; from where an interrupted run stopped."""
         keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save
-        steps, shown = self.schedule.num_steps, self.wan.processes.rank == 0
-        progress = ProgressBar(steps * len(self.windows), job.output.name, shown, unit="window")
+        steps = self.schedule.num_steps
+        self.bars.plan(steps * len(self.windows))
+        progress = self.bars.steps(job.output.name, unit="window")
         while True:
             first = state.open(self.noise(job), keeps_state)
             progress.start_at(first * len(self.windows))
@@ -230,7 +235,7 @@ class AvatarMaker(VideoMaker):
                     raise UserError(f"{error}; try --attention_backend native or --dtype fp32") from error
                 self.mend(error)
 
-    def run_steps(self, job: Job, state: AvatarState, first: int, progress: ProgressBar) -> None:
+    def run_steps(self, job: Job, state: AvatarState, first: int, progress: StepBar) -> None:
         """A function of its own, so that a step that fails leaves nothing that holds the model."""
         steps = self.schedule.num_steps
         ranges = itertools.groupby(range(first, steps), key=lambda step: self.wan.with_loras(step, steps))
@@ -240,7 +245,7 @@ class AvatarMaker(VideoMaker):
                 self.step(job, state, step, velocity, progress)
 
     @torch.no_grad()
-    def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: ProgressBar) -> None:
+    def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: StepBar) -> None:
         """One denoising step of the whole video: windows by themselves, then together.
 
         All start from the same latents, so their order does not matter: processes share them out, and what an
@@ -250,7 +255,7 @@ class AvatarMaker(VideoMaker):
         finished = state.finished_windows(step, len(windows))
         todo = [number for number in range(len(windows)) if number not in finished]
         owners = {number: i % processes.count if processes.by_windows else 0 for i, number in enumerate(todo)}
-        progress.advance(len(finished))
+        progress.start_at(step * len(windows) + len(finished))
 
         for number in todo:
             mine = owners[number] == processes.rank
@@ -289,6 +294,9 @@ class AvatarMaker(VideoMaker):
         sigma, following = self.schedule.sigmas[step : step + 2].tolist()
         x, y = (clip_of(latents[middle : middle + 1]) for latents in (before, after))
         return Step(step, y, x + (y - x) * sigma / (sigma - following), {})
+
+    def num_decoded(self, latents: Tensor) -> int:
+        return self.timeline.num_frames
 
     def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
         shown = (clip_of(latents[i : i + 1]) for i in range(self.timeline.num_latent_frames))

@@ -43,8 +43,8 @@ from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.memory import Needs, check_memory, choose_mode, free_bytes, free_cached, offload_groups, stage
+from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
-from pipelines.text_to_video import ProgressBar
 from pipelines.video_file import VideoWriter
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile
@@ -272,6 +272,7 @@ class ConsisIDMaker:
 
     def __init__(self, model: ConsisID, face: FaceCondition, text: dict[str, Tensor]):
         self.model, self.face, self.text, self.settings = model, face, text, model.settings
+        self.bars = ProgressBars(shown=model.processes.rank == 0)
         self.face_tokens = model.face_tokens(face)  # of all steps of all videos
 
     def make(self, job: Job) -> Path:
@@ -281,9 +282,11 @@ class ConsisIDMaker:
             job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=self.metadata(job)
         ) as writer:
             latents = self.denoise(job)
-            with self.model.decoder() as vae:
+            bar = self.bars.work("decoding", self.settings.num_frames, "frame")
+            with self.model.decoder() as vae, bar:
                 for frames in decode_stream(vae, latents):
                     writer.write(frames)
+                    bar.advance(frames.shape[2])
         logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
@@ -293,7 +296,8 @@ class ConsisIDMaker:
         pictures = [self.face.picture]
         if pipeline.transformer.face.is_kps:
             pictures.append(draw_keypoints(self.face.keypoints, *self.face.picture.shape[:2]))
-        progress = ProgressBar(settings.num_inference_steps, job.output.name, shown=self.model.processes.rank == 0)
+        self.bars.plan(settings.num_inference_steps)
+        progress = self.bars.steps(job.output.name)
 
         def on_step(pipe: ConsisIDPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
             if not tensors["latents"].isfinite().all():

@@ -30,6 +30,7 @@ from pipelines.conditions import initial_noise, latent_frames
 from pipelines.denoise import Expert
 from pipelines.face_swap_settings import FaceSwapSettings
 from pipelines.jobs import Job
+from pipelines.progress_bars import ProgressBars
 from pipelines.text_to_video import VideoMaker, read_face
 from pipelines.video_file import frames_to_uint8
 from pipelines.wan import Wan
@@ -236,7 +237,11 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
 
     name = settings.input_video
     frames = read_frames(name)  # (F, H, W, 3)
-    detections = [detector(frame) for frame in frames]
+    detections = []
+    with ProgressBars(shown=output is not None).work("finding faces", len(frames), "frame") as bar:
+        for frame in frames:
+            detections.append(detector(frame))
+            bar.advance()
     cuts = find_cuts(frames)
     if cuts:
         logger.info("%s: new shots begin at frames %s", name, ", ".join(map(str, cuts)))
@@ -288,8 +293,13 @@ class FaceSwapMaker(VideoMaker):
             self.video_hash = hashlib.file_digest(file, "sha256").hexdigest()
 
         self.masks: list[numpy.ndarray] = []  # of each latent frame, (H', W') uint8
-        with wan.vae() as vae:
-            clean = [latents.cpu() for segment in video.segments for latents in self._encode(vae, segment)]
+        count = sum(segment.stop - segment.start for segment in video.segments)
+        with wan.vae() as vae, self.bars.work("encoding the video", count, "frame") as bar:
+            clean = []
+            for segment in video.segments:
+                for latents in self._encode(vae, segment):
+                    clean.append(latents.cpu())
+                    bar.advance(min(4 * latents.shape[2], count - bar.done))
         self.clean = torch.cat(clean, dim=2)  # (1, C, all segments, h, w): latents of the pasted video
         self.face_mask = face_mask(torch.from_numpy(numpy.stack(self.masks)), self.cell)  # (1, 1, all segments, h, w)
         self.noise: Tensor | None = None  # of the job that is being made
@@ -325,6 +335,9 @@ class FaceSwapMaker(VideoMaker):
         return lambda step: WindowedExpert(expert_at(step), self.windows)
 
     # ------------------------------------------------------------------------------------------- what comes out
+
+    def num_decoded(self, latents: Tensor) -> int:
+        return len(self.video.frames)
 
     def frames(self, vae, latents: Tensor) -> Iterator[numpy.ndarray]:
         """Every frame of the input, in pieces (f, H, W, 3) uint8: generated where the face is, else as it was."""

@@ -17,6 +17,7 @@ from pipelines.distributed import Processes
 from pipelines.first_frame import check_first_frame_files, make_first_frame
 from pipelines.image_to_video_settings import ImageToVideoSettings
 from pipelines.jobs import Job
+from pipelines.progress_bars import ShownVAE
 from pipelines.settings import check_split, family_of, shape_of
 from pipelines.text_to_video import VideoMaker
 from pipelines.wan import Wan
@@ -96,7 +97,8 @@ class ImageToVideoMaker(VideoMaker):
             else:
                 frames = dict(zip((0, self.settings.num_frames - 1), clips, strict=False))
                 size = (height // vae.spatial_factor, width // vae.spatial_factor)
-                self.condition = frames_condition(vae, self.settings.num_frames, size, frames).y.to(wan.device)
+                shown = ShownVAE(vae, self.bars, "encoding the picture")
+                self.condition = frames_condition(shown, self.settings.num_frames, size, frames).y.to(wan.device)
 
     def conditions(self) -> dict:
         return {"condition": self.condition, "pinned": self.pinned}

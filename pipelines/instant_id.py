@@ -37,6 +37,7 @@ from pipelines.instant_id_settings import (
 from pipelines.jobs import Job
 from pipelines.memory import free_cached, place_pipeline, stage
 from pipelines.picture_file import write_picture
+from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile
@@ -166,7 +167,7 @@ def load_instant_id(settings: InstantIdSettings, config: dict, device: torch.dev
     attach_face_adapter(pipeline.unet, read_face_adapter(adapter, hint=hint), source=adapter)
     if settings.tiled:
         pipeline.vae.enable_tiling()
-    pipeline.set_progress_bar_config(dynamic_ncols=True, unit="step")
+    pipeline.set_progress_bar_config(dynamic_ncols=True, unit="step", disable=None)  # None: on a terminal
     place_pipeline(pipeline, device, settings.memory, DRAWING)
     return pipeline
 
@@ -263,6 +264,7 @@ class PictureMaker:
 
     def __init__(self, settings: InstantIdSettings, config: dict, guide: FaceGuide, device: torch.device):
         self.settings, self.config, self.guide, self.device = settings, config, guide, device
+        self.bars = ProgressBars()
         self.controls = [
             cover_resize(read_image(picture, "--control_image"), guide.size[1], guide.size[0])
             for picture in settings.control_image

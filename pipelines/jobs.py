@@ -1,7 +1,7 @@
 """Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
     return jobs
 
 
-def make_all(make: Callable[[Job], Path], jobs: Sequence[Job]) -> list[Path]:
+def make_all(make: Callable[[Job], Path], jobs: Iterable[Job]) -> list[Path]:
     """Make one job after another, and say of each where it is: a line of standard output each, as soon as it is there.
 
     Returns:

@@ -27,6 +27,7 @@ from pipelines.conditions import latent_frames
 from pipelines.jobs import Job
 from pipelines.long_video_settings import LongVideoSettings
 from pipelines.memory import stage
+from pipelines.progress_bars import ShownVAE
 from pipelines.text_to_video import VideoMaker
 from pipelines.video_file import VideoWriter, same_encoding, write_video
 from pipelines.wan import Wan
@@ -127,6 +128,7 @@ class LongVideoMaker(VideoMaker):
         settings, processes = self.settings, self.wan.processes
         self.use_svi(True)
         clips = settings.clips(job.seed)
+        self.bars.plan(self.schedule.num_steps, len(clips), "clip")
         metadata = self.metadata(job)
         store = ClipStore(job.output, self.progress(metadata), clips)
         writer = VideoWriter(
@@ -160,6 +162,7 @@ class LongVideoMaker(VideoMaker):
         """One clip, from what the one before hands over to what the next is handed."""
         logger.info("%s: clip %d of %d: %s", job.output, clip.index + 1, len(store.clips), clip.prompt[:80])
         self.clip = clip
+        self.bars.begin_part(clip.index)
         self.use_svi(clip.index > 0 or not self.settings.first_clip_without_lora)
         self.prepare_condition(clip, handed, is_last=clip is store.clips[-1])
         latents = self.denoise(Job(clip.prompt, clip.seed, job.output), store.state(clip))
@@ -184,7 +187,7 @@ class LongVideoMaker(VideoMaker):
         frames = self.reference if handed is None else handed
         with self.wan.vae() as vae, torch.no_grad(), stage("encoding the condition", VAE_ADVICE):
             self._condition = frames_to_condition(
-                vae,
+                ShownVAE(vae, self.bars, "encoding the condition"),
                 frames,
                 num_frames,
                 reference=self.reference if variant.padding == "reference" else None,
@@ -195,6 +198,9 @@ class LongVideoMaker(VideoMaker):
 
     def conditions(self) -> dict:
         return {"condition": self._condition}
+
+    def num_decoded(self, latents: Tensor) -> int:
+        return len(self.clip.kept)
 
     def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
         """The frames that the clip keeps; its last ones are put by for the next clip, in float32."""

@@ -11,7 +11,6 @@ import numpy
 import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from errors import ResourceError, UserError
 from models.identity.stand_in import Identity, StandIn
@@ -24,6 +23,7 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError,
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import is_out_of_memory, next_mode, stage
+from pipelines.progress_bars import ProgressBars
 from pipelines.record import progress_of
 from pipelines.settings import Settings
 from pipelines.video_file import VideoWriter, frames_to_uint8
@@ -84,6 +84,7 @@ class VideoMaker:
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
+        self.bars = ProgressBars(shown=wan.processes.rank == 0)
         self.face_hashes = [hashlib.sha256(face.tobytes()).hexdigest() for face in faces]
         self.references: list[Tensor] = []  # latents (1, C, 1, 64, 64); never tiled, as in training
         if faces:
@@ -104,6 +105,7 @@ class VideoMaker:
     def make(self, job: Job) -> Path:
         """Denoise, decode into the file, and remove the saved progress. Another run of the same job waits outside."""
         started = time.monotonic()
+        self.bars.plan(self.schedule.num_steps)
         metadata = self.metadata(job)
         state = self.open_state(job, metadata)
         writes = self.wan.processes.writes
@@ -137,7 +139,7 @@ class VideoMaker:
         """Noise to clean latents, from where an interrupted run stopped; with less memory after running out of it."""
         noise = self.start(job)
         keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save each step
-        progress = ProgressBar(self.schedule.num_steps, job.output.name, shown=self.wan.processes.rank == 0)
+        progress = self.bars.steps(job.output.name)
         fresh = make_solver(self.schedule).state_dict()
         while True:
             resume = self.wan.processes.share(state.load(fresh) if keeps_state else None)
@@ -190,15 +192,21 @@ class VideoMaker:
     def decode(self, latents: Tensor, writer: VideoWriter) -> None:
         """Stream the frames into the file; the whole video is never in memory."""
         deviations = []
-        with self.wan.vae() as vae, stage("decoding", "try --tiled or --vae_dtype bf16"):
+        bar = self.bars.work("decoding", self.num_decoded(latents), "frame")
+        with self.wan.vae() as vae, stage("decoding", "try --tiled or --vae_dtype bf16"), bar:
             for frames in self.frames(vae, latents):
                 pixels = frames_to_uint8(frames)  # (f, H, W, 3)
                 deviations.append(float(pixels.std()))
                 writer.write(pixels)
+                bar.advance(len(pixels))
         if max(deviations) < BLANK:
             logger.warning(
                 "%s: all frames are one flat colour; try --dtype fp32 or --attention_backend native", writer.path
             )
+
+    def num_decoded(self, latents: Tensor) -> int:
+        """How many frames `frames` gives."""
+        return 4 * latents.shape[2] - 3
 
     def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
         options = {
@@ -326,36 +334,3 @@ class VideoMaker:
         """What of the metadata decides the latents: saved progress counts only under the same."""
         progress = progress_of(metadata, self.wan.weights(), self.wan.encodes_pictures)
         return progress | {"num_steps": self.schedule.num_steps}
-
-
-class ProgressBar:
-    """One bar for the run: step, seconds, time left."""
-
-    def __init__(self, steps: int, label: str, shown: bool, unit: str = "step"):
-        self.steps, self.label, self.shown, self.unit = steps, label, shown, unit
-        self.done = 0
-        self._bar: tqdm | None = None
-
-    def start_at(self, step: int) -> None:
-        self.done = step
-
-    def __enter__(self) -> "ProgressBar":
-        self._bar = tqdm(
-            total=self.steps,
-            initial=self.done,
-            desc=self.label,
-            unit=self.unit,
-            disable=not self.shown,
-            dynamic_ncols=True,
-        )
-        return self
-
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        self._bar.update(count)
-
-    def advance_to(self, done: int) -> None:
-        self.advance(done - self.done)
-
-    def __exit__(self, *exception) -> None:
-        self._bar.close()

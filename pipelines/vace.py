@@ -24,6 +24,7 @@ from pipelines.distributed import Processes
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import stage
+from pipelines.progress_bars import ShownVAE
 from pipelines.text_to_video import VideoMaker
 from pipelines.vace_context import (
     cover_resize,
@@ -189,6 +190,7 @@ class VaceMaker(VideoMaker):
     def make(self, job: Job) -> Path:
         """As `VideoMaker.make`, window by window. A finished window's latents are kept until the video is whole."""
         started = time.monotonic()
+        self.bars.plan(self.schedule.num_steps, len(self.windows), "window")
         metadata = self.metadata(job)
         progress = self.progress(metadata)
         states = [self.state(job, progress, number) for number in range(len(self.windows))]
@@ -197,6 +199,7 @@ class VaceMaker(VideoMaker):
         with writer if writes else contextlib.nullcontext():
             made = WindowWriter(writer, self.settings.window_frames)
             for number, (window, state) in enumerate(zip(self.windows, states, strict=True)):
+                self.bars.begin_part(number)
                 if len(self.windows) > 1:
                     logger.info("%s: window %d of %d", job.output, number + 1, len(self.windows))
                 self._number = number
@@ -237,7 +240,8 @@ class VaceMaker(VideoMaker):
             self.wan.vae() as vae,
             stage("encoding the control video", "try a smaller size or --vae_dtype bf16"),
         ):
-            return vace_context(vae, video.to(device), made.to(device), [p.to(device) for p in self.pictures])
+            shown = ShownVAE(vae, self.bars, "encoding the control video")
+            return vace_context(shown, video.to(device), made.to(device), [p.to(device) for p in self.pictures])
 
     def start(self, job: Job) -> Tensor:
         """Noise with a latent frame for each reference picture. Every window has its own: the same would repeat."""

@@ -28,9 +28,10 @@ from pipelines.clip_plan import Chain, clips_for, plan_clips
 from pipelines.conditions import initial_noise
 from pipelines.control_video import Window
 from pipelines.denoise import NEGATIVE, POSITIVE, NonFiniteLatentsError, PinnedFrames, Step, denoise
-from pipelines.face_swap import FaceSwapMaker, SwapVideo, WindowedExpert, swap_schedule
+from pipelines.face_swap import FaceSwapMaker, Segment, SwapVideo, WindowedExpert, swap_schedule
 from pipelines.jobs import Job
 from pipelines.long_video import LongVideoMaker
+from pipelines.progress_bars import ProgressBars
 from pipelines.text_to_video import VideoMaker
 from pipelines.vace import VaceMaker, WindowWriter, read_control
 from pipelines.vace_context import noise_with_references, with_known_frames
@@ -231,10 +232,12 @@ def test_windows_of_a_long_stretch_share_a_quarter_of_their_frames(monkeypatch):
     """Seen where the maker plans them."""
     planned = []
     monkeypatch.setattr(face_swap, "plan_windows", lambda *args: planned.append(args) or [slice(0, 1)])
-    monkeypatch.setattr(VideoMaker, "__init__", lambda self, wan, *args: vars(self).update(wan=wan, settings=settings))
+    parts = {"bars": ProgressBars(shown=False)}
+    monkeypatch.setattr(
+        VideoMaker, "__init__", lambda self, wan, *args: vars(self).update(parts, wan=wan, settings=settings)
+    )
     settings = SimpleNamespace(num_frames=81, step_cache="none", input_video=__file__)
-    segment = SimpleNamespace(latents=slice(0, 50))
-    video = SimpleNamespace(face=SimpleNamespace(rgb=None), segments=[segment])
+    video = SimpleNamespace(face=SimpleNamespace(rgb=None), segments=[Segment(0, 197, 0)])
 
     def no_vae():
         raise KeyboardInterrupt
@@ -394,6 +397,7 @@ def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_cli
     monkeypatch.setattr(long_video, "frames_to_condition", condition)
     settings = SimpleNamespace(num_frames=9)
     maker = maker_of(LongVideoMaker, variant=variant, settings=settings, wan=wan, reference="photo", end="end")
+    maker.bars = ProgressBars(shown=False)
     clip = plan_clips(Chain(9, 5, 5, "earlier"), ["p"] * 2)[1]
     for is_last in (False, True):
         maker.prepare_condition(clip, handed, is_last)

@@ -1,12 +1,12 @@
 """How far a run is, and how long the rest will take: bars on a terminal, elsewhere lines in the log now and then.
 
-    progress = Progress(shown=processes.rank == 0)
-    for job in progress.each(jobs):                              # "video 3 of 6: …"
-        progress.plan(steps, parts=3, noun="window")             # of this video, and as far as one can tell of each
+    bars = ProgressBars(shown=processes.rank == 0)
+    for job in bars.each(jobs):                              # "video 3 of 6: …"
+        bars.plan(steps, parts=3, noun="window")             # of this video, and as far as one can tell of each
         for number in range(3):
-            progress.begin_part(number)
-            with progress.steps(job.output.name) as bar: …       # bar.advance() after each step
-            with progress.work("decoding", 81, "frame") as bar: …
+            bars.begin_part(number)
+            with bars.steps(job.output.name) as bar: …       # bar.advance() after each step
+            with bars.work("decoding", 81, "frame") as bar: …
 
 The estimate is for all of the run, from the mean time of a step and of what lies between two parts' steps (decoding,
 writing, encoding), as far as this run has seen them.
@@ -42,7 +42,7 @@ def readable_time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-class Progress:
+class ProgressBars:
     """Of one run, over all of its videos.
 
     shown: False for all processes but the first.
@@ -117,8 +117,8 @@ class Progress:
 class Bar:
     """A bar on a terminal; elsewhere a line when it begins to take long, and then every minute."""
 
-    def __init__(self, progress: Progress, label: str, total: int | None, unit: str):
-        self.progress, self.label, self.total, self.unit = progress, label, total, unit
+    def __init__(self, bars: ProgressBars, label: str, total: int | None, unit: str):
+        self.bars, self.label, self.total, self.unit = bars, label, total, unit
         self.done = 0
         self._bar: tqdm | None = None
         self._next_line = 0.0
@@ -129,7 +129,7 @@ class Bar:
             initial=self.done,
             desc=self.label,
             unit=self.unit,
-            disable=not (self.progress.shown and sys.stderr.isatty()),
+            disable=not (self.bars.shown and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
         self._next_line = time.monotonic() + FIRST_LINE
@@ -137,14 +137,14 @@ class Bar:
 
     def advance(self, count: int = 1) -> None:
         self.done += count
-        left = self.progress.left()
+        left = self.bars.left()
         estimate = "" if left is None else f"about {readable_time(left)} left"
-        if estimate and self.progress.count > 1:
-            estimate += f" for all {self.progress.count} videos"
+        if estimate and self.bars.count > 1:
+            estimate += f" for all {self.bars.count} videos"
         if not self._bar.disable:
             self._bar.set_postfix_str(estimate, refresh=False)
             self._bar.update(count)
-        elif self.progress.shown and time.monotonic() >= self._next_line:
+        elif self.bars.shown and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY
             of_all = "" if self.total is None else f" of {self.total}"
             logger.info("%s: %s %d%s%s", self.label, self.unit, self.done, of_all, estimate and f"; {estimate}")
@@ -158,17 +158,17 @@ class StepBar(Bar):
 
     def start_at(self, step: int) -> None:
         """So many are done by an earlier run, or by an attempt before this one."""
-        self.done = self.progress.done = step
+        self.done = self.bars.done = step
 
     def __enter__(self) -> "StepBar":
-        self.progress._part_ended()
+        self.bars._part_ended()
         super().__enter__()
         self._last, self._is_first = time.monotonic(), True
         return self
 
     def advance(self, count: int = 1) -> None:
         now = time.monotonic()
-        self.progress.took(now - self._last, count, self._is_first)
+        self.bars.took(now - self._last, count, self._is_first)
         self._last, self._is_first = now, False
         super().advance(count)
 
@@ -178,14 +178,14 @@ class StepBar(Bar):
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
         if exception[0] is None:
-            self.progress.steps_ended()
+            self.bars.steps_ended()
 
 
 class ShownVAE:
     """A VAE whose `encode` has a bar; all else is the VAE's own."""
 
-    def __init__(self, vae: WanVAE, progress: Progress, label: str):
-        self._vae, self._progress, self._label = vae, progress, label
+    def __init__(self, vae: WanVAE, bars: ProgressBars, label: str):
+        self._vae, self._bars, self._label = vae, bars, label
 
     def __getattr__(self, name: str):
         return getattr(self._vae, name)
@@ -193,7 +193,7 @@ class ShownVAE:
     def encode(self, video: Tensor, **options) -> Tensor:
         """As `WanVAE.encode`."""
         parts = []
-        with self._progress.work(self._label, video.shape[2], "frame") as bar:
+        with self._bars.work(self._label, video.shape[2], "frame") as bar:
             for latents in self._vae.encode_stream(video, **options):
                 parts.append(latents)
                 bar.advance(min(1 if len(parts) == 1 else 4 * latents.shape[2], video.shape[2] - bar.done))
