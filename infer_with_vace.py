@@ -44,14 +44,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
+    from dataclasses import replace
+
     from pipelines.control_video import resolve_vace_settings
     from pipelines.jobs import list_jobs, make_all
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_vace_settings(args)
-    jobs = list_jobs(settings)
-
-    from dataclasses import replace
+    windows = 1 if settings.num_frames <= settings.window_frames else 2  # finished windows, and all joined
+    jobs = list_jobs(replace(settings, num_frames=windows * settings.num_frames))
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored

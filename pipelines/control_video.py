@@ -263,6 +263,10 @@ class Window:
     stop: int
     known: int
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
 
 def plan_windows(num_frames: int, window: int, overlap: int) -> list[Window]:
     """Cut a video of 4n+1 frames into windows of 4m+1, each sharing at least `overlap` frames with the one before.

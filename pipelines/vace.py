@@ -19,6 +19,8 @@ from models.vace import VaceBranch, load_vace
 from models.wan.checkpoint import weight_files
 from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
+from pipelines.clip_plan import Clip
+from pipelines.clip_store import ClipStore
 from pipelines.control_video import VaceSettings, Window, plan_windows, read_mask, spread_frames
 from pipelines.distributed import Processes
 from pipelines.job_state import JobState
@@ -185,55 +187,72 @@ class VaceMaker(VideoMaker):
         self.windows = plan_windows(settings.num_frames, settings.window_frames, settings.window_overlap)
         self.pictures = [fit_reference(picture, settings.height, settings.width) for picture in control.references]
         # Of the window that is being made:
-        self._number, self._context = 0, None
+        self._window, self._context = self.windows[0], None
+        self._known: Tensor | None = None  # its first frames, which exist, (K, H, W, 3) uint8
 
     def make(self, job: Job) -> Path:
-        """As `VideoMaker.make`, window by window. A finished window's latents are kept until the video is whole."""
+        """As `VideoMaker.make`. Of several windows each finished one's frames are kept in a file of its own until the
+        video is whole; they are joined as they are encoded.
+        """
+        if len(self.windows) == 1:
+            return super().make(job)
         started = time.monotonic()
         self.bars.plan(self.schedule.num_steps, len(self.windows), "window")
         metadata = self.metadata(job)
-        progress = self.progress(metadata)
-        states = [self.state(job, progress, number) for number in range(len(self.windows))]
-        writes = self.wan.processes.writes
+        clips = [
+            # Every window has noise of its own: the same would repeat.
+            Clip(number, job.seed + number, job.prompt, window.start, (), None, range(window.known, window.length))
+            for number, window in enumerate(self.windows)
+        ]
+        store, processes = ClipStore(job.output, self.progress(metadata), clips), self.wan.processes
         writer = VideoWriter(job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=metadata)
-        with writer if writes else contextlib.nullcontext():
-            made = WindowWriter(writer, self.settings.window_frames)
-            for number, (window, state) in enumerate(zip(self.windows, states, strict=True)):
-                self.bars.begin_part(number)
-                if len(self.windows) > 1:
-                    logger.info("%s: window %d of %d", job.output, number + 1, len(self.windows))
-                self._number = number
-                self._context = self.encode(window, self.wan.processes.share(made.last(window.known)))
-                latents = self.denoise(job, state)[:, :, len(self.pictures) :]
-                self.wan.release_transformers()
-                if writes:
-                    if number == 0:
-                        ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
-                        writer.describe(metadata | {"ran_with": ran_with})
-                    made.skip = window.known
-                    self.decode(latents, made)
-                self.wan.processes.wait()
-        if writes:
-            for state in states:
-                state.remove()
+        with writer if processes.writes else contextlib.nullcontext():
+            done, known = processes.share(store.load() if processes.writes else None)
+            if done:
+                logger.info("%s: going on after window %d of %d", job.output, done, len(clips))
+            for clip in clips[done:]:
+                known = self.make_window(job, clip, known, store)
+            if processes.writes:
+                ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
+                writer.describe(metadata | {"ran_with": ran_with})
+                writer.join(store.paths)
+        processes.wait()
+        if processes.writes:
+            store.remove()
             logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
-    def state(self, job: Job, progress: dict, number: int) -> JobState:
-        """The saved progress of one window."""
-        if len(self.windows) == 1:
-            return JobState(job.output, progress)
-        return JobState(job.output.with_stem(f"{job.output.stem}.window{number}"), progress | {"window": number})
+    def make_window(self, job: Job, clip: Clip, known: Tensor | None, store: ClipStore) -> Tensor:
+        """One window, from the frames that exist of it to those that exist of the next (K, H, W, 3) uint8."""
+        number, processes = clip.index, self.wan.processes
+        logger.info("%s: window %d of %d", job.output, number + 1, len(self.windows))
+        self.bars.begin_part(number)
+        self._window, self._known = self.windows[number], known
+        latents = self.denoise(Job(job.prompt, clip.seed, job.output), store.state(clip))
+        self.wan.release_transformers()
+        if processes.writes:
+            following = self.windows[number + 1].known if number + 1 < len(self.windows) else 0
+            with VideoWriter(store.path(clip), fps=self.settings.fps, quality=self.settings.quality) as writer:
+                made = WindowWriter(writer, known, following)
+                self.decode(latents, made)
+            known = made.last
+            store.finish(clip, known)
+        return processes.share(known)
 
-    def encode(self, window: Window, known: numpy.ndarray | None) -> Tensor:
+    def denoise(self, job: Job, state: JobState) -> Tensor:
+        """Clean latents without those of the reference pictures."""
+        self._context = self.encode(self._window, self._known)
+        return super().denoise(job, state)[:, :, len(self.pictures) :]
+
+    def encode(self, window: Window, known: Tensor | None) -> Tensor:
         """The control context of one window, (1, 96, R + F, h, w)."""
-        size = (window.stop - window.start, self.settings.height, self.settings.width)
+        size = (window.length, self.settings.height, self.settings.width)
         frames, mask = self.control.frames, self.control.mask
         span = slice(window.start, window.stop)
         video = torch.zeros(1, 3, *size) if frames is None else frames_to_clip(frames[span])
         made = torch.ones(1, 1, *size) if mask is None else mask_to_clip(mask[span])
         if known is not None:
-            video, made = with_known_frames(video, made, known)
+            video, made = with_known_frames(video, made, known.numpy())
         device = self.wan.device
         with (
             torch.no_grad(),
@@ -244,17 +263,12 @@ class VaceMaker(VideoMaker):
             return vace_context(shown, video.to(device), made.to(device), [p.to(device) for p in self.pictures])
 
     def start(self, job: Job) -> Tensor:
-        """Noise with a latent frame for each reference picture. Every window has its own: the same would repeat."""
-        window = self.windows[self._number]
-        size = (
-            self.wan.transformer_config.out_dim,
-            window.stop - window.start,
-            self.settings.height,
-            self.settings.width,
-        )
+        """Noise with a latent frame for each reference picture."""
+        settings = self.settings
+        size = (self.wan.transformer_config.out_dim, self._window.length, settings.height, settings.width)
         # Stand-In's own code and the official one order the same noise differently; each is as released.
         with_identity = bool(self.references)
-        noise = noise_with_references(size, job.seed + self._number, len(self.pictures), last_first=with_identity)
+        noise = noise_with_references(size, job.seed, len(self.pictures), last_first=with_identity)
         return noise.to(self.wan.device)
 
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
@@ -266,20 +280,28 @@ class VaceMaker(VideoMaker):
 
 
 class WindowWriter:
-    """Writes the frames of each window that are new, and remembers the last ones."""
+    """Writes the frames of a window that are new, and remembers the last ones.
 
-    def __init__(self, writer: VideoWriter, most: int):
-        self.writer, self.path, self.most = writer, writer.path, most
-        self.skip = 0  # frames of the present window that are in the file already
-        self._last: list[numpy.ndarray] = []
+    Args:
+        writer: of the new frames.
+        known: (K, H, W, 3) uint8, the window's first frames, which are written already; or None.
+        count: how many to remember; the known ones as they were written, not as they are decoded again.
+    """
+
+    def __init__(self, writer: VideoWriter, known: Tensor | None, count: int):
+        self.writer, self.path, self.count = writer, writer.path, count
+        self._last = [] if known is None else list(known.numpy())
+        self._skip = len(self._last)
 
     def write(self, frames: numpy.ndarray) -> None:
-        new = frames[self.skip :]
-        self.skip -= len(frames) - len(new)
+        new = frames[self._skip :]
+        self._skip -= len(frames) - len(new)
         if len(new):
             self.writer.write(new)
-            self._last = [*self._last, *new][-self.most :]
+            self._last = [*self._last, *new]
+            self._last = self._last[len(self._last) - min(len(self._last), self.count) :]
 
-    def last(self, count: int) -> numpy.ndarray | None:
-        """(count, H, W, 3) uint8, or None for none."""
-        return numpy.stack(self._last[-count:]) if count and self._last else None
+    @property
+    def last(self) -> Tensor:
+        """(count, H, W, 3) uint8"""
+        return torch.from_numpy(numpy.array(self._last))

@@ -28,7 +28,7 @@ from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.memory import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
-from pipelines.vace import VaceWan
+from pipelines.vace import VaceMaker, VaceWan
 from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.video_file import read_metadata, write_video
 from pipelines.wan import Wan
@@ -566,11 +566,33 @@ def test_out_of_memory_and_nan_reload_the_branch_too(tmp_path, clip, reference, 
 
 
 def test_long_control_is_made_in_windows_and_goes_on_after_an_interruption(tmp_path, plain, monkeypatch):
+    """What a finished window gave is kept: it is neither encoded, denoised nor decoded again."""
     control = write_clip(tmp_path / "long.mp4", frames=18)
     flags = ("--config", plain, "--reference_video", control, "--window_frames", 9, "--window_overlap", 5)
+    encoded, decoded = [], []
+    encode, decode = VaceMaker.encode, VaceMaker.decode
+
+    def recorded_encode(self, window, known):
+        encoded.append((window.start, known))
+        return encode(self, window, known)
+
+    def recorded_decode(self, latents, writer):
+        write = writer.write
+        frames = []
+        writer.write = lambda piece: (frames.append(piece), write(piece))
+        decode(self, latents, writer)
+        decoded.append(numpy.concatenate(frames))
+
+    monkeypatch.setattr(VaceMaker, "encode", recorded_encode)
+    monkeypatch.setattr(VaceMaker, "decode", recorded_decode)
     whole = make(tmp_path / "whole.mp4", *flags)
     assert whole.shape == (17, 64, 96, 3)
     assert read_metadata(tmp_path / "whole.mp4")["windows"] == 3
+    # Each window goes on from the frames that the one before made, bit for bit.
+    assert [start for start, _ in encoded] == [0, 4, 8]
+    assert encoded[0][1] is None
+    assert (encoded[1][1].numpy() == decoded[0][4:]).all()
+    assert (encoded[2][1].numpy() == numpy.concatenate((decoded[0][8:], decoded[1][5:]))).all()
 
     saves = []
 
@@ -580,16 +602,18 @@ def test_long_control_is_made_in_windows_and_goes_on_after_an_interruption(tmp_p
         if len(saves) == 3:  # after the first step of the second window
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(JobState, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(JobState, "save", interrupt)
         make(tmp_path / "out.mp4", *flags)
     assert len(set(saves)) == 2
     assert not (tmp_path / "out.mp4").exists()
-    monkeypatch.undo()
+    encoded.clear(), decoded.clear()
     steps = []
     monkeypatch.setattr(
         JobState, "save", lambda self, step, save=JobState.save: (save(self, step), steps.append(step.index))
     )
     assert (make(tmp_path / "out.mp4", *flags) == whole).all()
     assert steps == [1, 0, 1], "finished steps were computed again"
+    assert [start for start, _ in encoded] == [4, 8], "a finished window was encoded again"
+    assert len(decoded) == 2, "a finished window was decoded again"
     assert not list(tmp_path.glob(".*"))
