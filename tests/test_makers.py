@@ -23,7 +23,7 @@ import infer_with_vace
 from errors import UserError
 from models.lora import StatedScale, read_lora
 from models.wan.schedulers import add_noise, expert_index, get_schedule
-from pipelines import dance, face_swap, long_video, vace
+from pipelines import face_swap, long_video, vace
 from pipelines.audio_avatar import AvatarMaker
 from pipelines.clip_plan import Chain, clips_for, plan_clips
 from pipelines.conditions import initial_noise
@@ -151,6 +151,28 @@ def test_identities_of_the_failed_attempt_are_forgotten(error):
     maker = maker_of(VideoMaker, wan=wan, _identities={0: "keys and values"})
     maker.mend(error)
     assert maker._identities == {}
+
+
+def test_where_live_loras_set_in_identities_are_computed_anew(monkeypatch):
+    """They are keys and values of the weights as they were."""
+    built = []
+    wan = SimpleNamespace(
+        config={}, with_loras=lambda step, steps: step >= 2, transformer=lambda index, with_loras: transformer
+    )
+    transformer = SimpleNamespace(is_cache_enabled=False)
+    settings = SimpleNamespace(step_cache="none")
+    maker = maker_of(VideoMaker, wan=wan, settings=settings, schedule=get_schedule("euler", 4, 3.0))
+    maker._identities, maker._with_loras = {0: "of other weights"}, False
+
+    def expert(self, job, index, transformer):
+        built.append(dict(self._identities))
+        self._identities[index] = "of these weights"
+
+    monkeypatch.setattr(VideoMaker, "expert", expert)
+    expert_at = maker.experts(Job("", 0, None))
+    for step in range(4):
+        expert_at(step)
+    assert built == [{0: "of other weights"}, {}]
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -358,30 +380,6 @@ def test_a_moment_more_than_clips_hold_takes_another_clip(frames, clips):
     assert clips_for(frames, chain) == clips
     planned = plan_clips(chain, ["p"] * clips, num_frames=frames)
     assert sum(len(clip.kept) for clip in planned) == frames
-
-
-@pytest.mark.parametrize(
-    ("video_frames", "poses"), [(None, [16, 17, 18, 19, 0, 1, 2, 3, 4]), (20, [16, 17, 18, *[19] * 6])]
-)
-def test_poses_start_over_unless_the_video_ends_with_them(monkeypatch, video_frames, poses):
-    """As the maker looks them up, beyond the end of 20 poses."""
-    seen = []
-    monkeypatch.setattr(dance, "read_poses", lambda path, indices, *size: seen.append(list(indices)))
-    monkeypatch.setattr(LongVideoMaker, "prepare_condition", lambda *args: None)
-
-    class Embedder:
-        def to(self, device):
-            return self
-
-        def encode(self, poses):
-            return "pose"
-
-    settings = SimpleNamespace(video_frames=video_frames, num_frames=9, pose_path="p", height=16, width=16)
-    wan = SimpleNamespace(device="cpu", processes=SimpleNamespace(context_parallel=False))
-    maker = maker_of(dance.DanceMaker, settings=settings, wan=wan, num_poses=20, embedder=Embedder())
-    *_, last = plan_clips(Chain(9, 1, 1, "earlier"), ["p"] * 3)
-    maker.prepare_condition(last, None, is_last=True)
-    assert seen == [poses]
 
 
 def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_clips(monkeypatch):
