@@ -304,4 +304,4 @@ class WindowWriter:
     @property
     def last(self) -> Tensor:
         """(count, H, W, 3) uint8"""
-        return torch.from_numpy(numpy.array(self._last))
+        return torch.from_numpy(numpy.array(self._last, numpy.uint8))
