@@ -36,6 +36,20 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
 _WRAPPERS = ("state_dict", "model_state", "model", "module")
 _GGUF = "GGUF weights are not read yet; give safetensors, or the released files"
+# What a file of another kind begins with, from this byte on. Of what is none of these torch.load says what is wrong.
+_OTHER_KINDS = (
+    (0, b"\x89PNG", "a PNG picture"),
+    (0, b"\xff\xd8\xff", "a JPEG picture"),
+    (8, b"WEBP", "a WebP picture"),
+    (0, b"GIF8", "a GIF picture"),
+    (4, b"ftyp", "an mp4 or mov video"),
+    (8, b"WAVE", "a wav sound"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"\x1f\x8b", "a gzip archive: unpack it"),
+    (0, b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (0, b"Rar!", "a RAR archive: unpack it"),
+)
 _SHOWN = 3  # how many keys of each kind an error names
 
 
@@ -162,7 +176,11 @@ def _read_file(file: Path, hint: str, nested: Iterable[str]) -> dict[str, Tensor
         raise WeightsError(_with_hint(f"{file}: a web page, not weights (a failed download)", hint))
     if start.startswith(b"GGUF"):
         raise WeightsError(f"{file}: {_GGUF}")
-    if file.suffix == ".safetensors" or start[8:9] == b"{":
+    has_header = start[8:9] == b"{"  # whose length, before it, may be any bytes
+    kind = next((kind for at, magic, kind in _OTHER_KINDS if start.startswith(magic, at)), None)
+    if kind is not None and not has_header:
+        raise WeightsError(_with_hint(f"{file}: {kind}, not weights", hint))
+    if file.suffix == ".safetensors" or has_header:
         safetensors_header(file, hint)
         try:
             return safetensors.torch.load_file(file)
@@ -258,8 +276,12 @@ def _check_entry(name: str, entry: object) -> None:
 
 def _torch_load(file: Path, hint: str) -> object:
     """`torch.load` without code execution. The zip format is mapped; the format before torch 1.6 cannot be."""
+    is_zip = zipfile.is_zipfile(file)
+    with open(file, "rb") as stream:
+        if not is_zip and stream.read(1) != b"\x80":  # no pickle, of which torch would say that it is not to be trusted
+            raise WeightsError(_with_hint(f"{file}: damaged or not a weights file", hint))
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
             raise WeightsError(_with_hint(f"{file}: damaged or not a weights file ({error})", hint)) from error
