@@ -215,6 +215,12 @@ class AvatarMaker(VideoMaker):
         for _ in range(self.num_latents):
             yield torch.randn(self.wan.transformer_config.out_dim, *self.grid, generator=generator)
 
+    def upstream_noise(self, job: Job) -> Iterator[Tensor]:
+        """As StableAvatar's own code draws it: on its device and all at once."""
+        shape = (self.wan.transformer_config.out_dim, self.num_latents, *self.grid)
+        drawn = AudioTimeline(self.timeline.num_samples, self.timeline.fps, legacy=True).num_latent_frames
+        return upstream_noise(shape, drawn, job.seed, self.noise_device)
+
     def denoise(self, job: Job, state: AvatarState) -> Tensor:
         """Clean latents (F, C, h, w), on the disk; from where an interrupted run stopped."""
         keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save
@@ -222,7 +228,8 @@ class AvatarMaker(VideoMaker):
         self.bars.plan(steps * len(self.windows))
         progress = self.bars.steps(job.output.name, unit="window")
         while True:
-            first = state.open(self.noise(job), keeps_state)
+            noise = self.noise(job) if self.noise_device.type == "cpu" else self.upstream_noise(job)
+            first = state.open(noise, keeps_state)
             progress.start_at(first * len(self.windows))
             if first > 0:
                 logger.info("%s: going on after step %d of %d", job.output, first, steps)
@@ -373,6 +380,26 @@ class AvatarMaker(VideoMaker):
             del made_of["settings"][name]
         seconds = round(self.timeline.num_samples / SAMPLE_RATE, 3)
         return made_of | self.hashes | {"seconds": seconds, "windows": len(self.windows)}
+
+
+def upstream_noise(
+    shape: tuple[int, int, int, int], drawn: int, seed: int, device: torch.device | str
+) -> Iterator[Tensor]:
+    """The latent frames (C, h, w) of a video's noise as StableAvatar's `prepare_latents` draws it: bfloat16, of the
+    whole video at once. float32 on the CPU.
+
+    Args:
+        shape: (C, F, h, w) of what is wanted.
+        drawn: the latent frames that upstream makes of the sound. Its videos end up to three frames before it, and it
+            makes none shorter than a window: what it lacks is drawn afterwards.
+    """
+    channels, count, *grid = shape
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = min(drawn, count)
+    for frames in (drawn, count - drawn):
+        noise = torch.randn(1, channels, frames, *grid, generator=generator, device=device, dtype=torch.bfloat16)
+        for frame in noise[0].transpose(0, 1):
+            yield frame.cpu().float()
 
 
 def clip_of(latents: Tensor) -> Tensor:

@@ -22,14 +22,18 @@ def latent_frames(num_frames: int) -> int:
     return (num_frames - 1) // 4 + 1
 
 
-def initial_noise(shape: tuple[int, int, int, int], seed: int, spatial_factor: int = 8) -> Tensor:
-    """Noise of a video of (channels, frames, height, width in pixels): (1, C, F, h, w) float32.
+def initial_noise(
+    shape: tuple[int, int, int, int], seed: int, spatial_factor: int = 8, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Noise of a video of (channels, frames, height, width in pixels): (1, C, F, h, w) float32, on the CPU.
 
-    From a CPU generator, so that a seed means the same on every device.
+    device: where it is drawn. The CPU's generator makes a seed mean the same on every machine; Wan's and VACE's own
+        code draws all of it at once on the GPU.
     """
     channels, frames, height, width = shape
     size = (1, channels, latent_frames(frames), height // spatial_factor, width // spatial_factor)
-    return torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(size, generator=generator, device=device, dtype=torch.float32).cpu()
 
 
 def image_to_clip(image: Tensor | numpy.ndarray) -> Tensor:

@@ -145,8 +145,12 @@ def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto": CUDA, else MPS, else the CPU."""
+def choose_device(name: str, flag: str = "--device") -> torch.device:
+    """ "auto": CUDA, else MPS, else the CPU.
+
+    Raises:
+        UsageError: a device this machine lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -155,7 +159,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"--device {name}: not available here ({reason}); accepted are auto, cpu, cuda, cuda:N, mps"
+            f"{flag} {name}: not available here ({reason}); "
+            + ("accepted are auto, cpu, cuda, cuda:N, mps" if flag == "--device" else "leave it out")
         ) from error
     # Of some shapes these compute a wrong conv3d, the VAE's layer, without a word (pytorch issue 163539).
     if device.type == "cuda" and 90800 <= (torch.backends.cudnn.version() or 0) < 91100:

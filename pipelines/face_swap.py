@@ -318,7 +318,7 @@ class FaceSwapMaker(VideoMaker):
         """The pasted video, noised to the first sigma."""
         _, channels, count, height, width = self.clean.shape
         size = (channels, 4 * count - 3, height * self.cell, width * self.cell)
-        self.noise = initial_noise(size, job.seed, self.cell)
+        self.noise = initial_noise(size, job.seed, self.cell, self.noise_device)
         return add_noise(self.clean, self.noise, self.schedule.sigmas[0].item()).to(self.wan.device)
 
     def after_step(self, step: int, sample: Tensor) -> Tensor:

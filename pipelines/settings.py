@@ -27,6 +27,7 @@ CHOICES = {
     "solver": ("euler", "euler-flow", "unipc", "dpm++"),
     "dtype": ("auto", "bf16", "fp16", "fp32"),
     "vae_dtype": ("auto", "bf16", "fp16", "fp32"),
+    "noise_device": ("cpu", "cuda"),
     "memory": ("auto", "resident", "model", "group", "sequential"),
     "step_cache": ("none", "teacache", "first_block"),
 }
@@ -118,6 +119,7 @@ class Settings(LikenessSettings):
     device: str = "auto"
     dtype: str = "auto"
     vae_dtype: str = "auto"
+    noise_device: str = "cpu"  # "cuda": as Wan's, VACE's and StableAvatar's own code draws it
     attention_backend: str = "native"
     memory: str = "auto"
     fp8: bool | None = None  # None: where --memory auto finds no other way

@@ -81,10 +81,12 @@ class VideoMaker:
     audio_start: float = 0.0  # seconds into it at which the video begins
     branches: tuple[str, ...] = (POSITIVE, NEGATIVE)  # of the guidance
     image_features: Tensor | None = None  # of CLIP, in the models that look at a picture
+    noise_device = torch.device("cpu")  # where noise is drawn
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray]):
         self.wan, self.text, self.settings = wan, text, wan.settings
         self.bars = ProgressBars(shown=wan.processes.rank == 0)
+        self.noise_device = wan.noise_device
         self.face_hashes = [hashlib.sha256(face.tobytes()).hexdigest() for face in faces]
         self.references: list[Tensor] = []  # latents (1, C, 1, 64, 64); never tiled, as in training
         if faces:
@@ -228,7 +230,7 @@ class VideoMaker:
         """What the first step starts from: noise here; a noised video where one is given."""
         config = self.wan.transformer_config
         size = (config.out_dim, self.settings.num_frames, self.settings.height, self.settings.width)
-        return initial_noise(size, job.seed, config.vae_spatial_factor).to(self.wan.device)
+        return initial_noise(size, job.seed, config.vae_spatial_factor, self.noise_device).to(self.wan.device)
 
     def conditions(self) -> dict:
         """What `denoise` is given of pictures (`condition`, `pinned`): nothing here."""

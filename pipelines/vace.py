@@ -268,7 +268,7 @@ class VaceMaker(VideoMaker):
         size = (self.wan.transformer_config.out_dim, self._window.length, settings.height, settings.width)
         # Stand-In's own code and the official one order the same noise differently; each is as released.
         with_identity = bool(self.references)
-        noise = noise_with_references(size, job.seed, len(self.pictures), last_first=with_identity)
+        noise = noise_with_references(size, job.seed, len(self.pictures), with_identity, self.noise_device)
         return noise.to(self.wan.device)
 
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:

@@ -87,14 +87,20 @@ def fit_reference(image: numpy.ndarray, height: int, width: int) -> Tensor:
     return canvas
 
 
-def noise_with_references(shape: tuple[int, int, int, int], seed: int, num_references: int, last_first: bool) -> Tensor:
+def noise_with_references(
+    shape: tuple[int, int, int, int],
+    seed: int,
+    num_references: int,
+    last_first: bool,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Noise of a video of (channels, frames, height, width in pixels) with a latent frame for each reference in front.
 
     The official VACE code draws all frames in order. Stand-In draws the video's first and the references' last, and
     moves those to the front (`last_first`), so that a seed gives the video's frames the same noise with and without.
     """
     channels, frames, height, width = shape
-    noise = initial_noise((channels, frames + 4 * num_references, height, width), seed)
+    noise = initial_noise((channels, frames + 4 * num_references, height, width), seed, device=device)
     return noise.roll(num_references, dims=2) if last_first else noise
 
 

@@ -26,7 +26,7 @@ from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
-from pipelines.distributed import Processes, split_sequence
+from pipelines.distributed import Processes, choose_device, split_sequence
 from pipelines.memory import (
     MODES,
     TEXT_ENCODER,
@@ -88,6 +88,7 @@ class Wan:
     def __init__(self, settings: Settings, config: dict, processes: Processes):
         self.settings, self.config, self.processes = settings, config, processes
         self.device = processes.device
+        self.noise_device = choose_device(settings.noise_device, "--noise_device")
         on_cpu = self.device.type == "cpu"
         self.dtype = DTYPES.get(settings.dtype, torch.float32 if on_cpu else torch.bfloat16)
         # The VAE is the cheap part to keep exact: released numerics are float32.
