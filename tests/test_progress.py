@@ -23,6 +23,7 @@ from pipelines.record import hash_of_weights, without_folders
 from pipelines.tiny import tiny_stand_in_tensors
 from pipelines.video_file import read_comment
 from preprocess.video import read_frames
+from tests.test_checkpoint import MALFORMED
 from tests.test_infer import SMALL, write_release
 from tests.tiny import CONFIG
 
@@ -177,6 +178,25 @@ def test_a_foreign_state_is_none(tmp_path, content):
     (tmp_path / ".out.clips").mkdir()
     for file in (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handed.safetensors"):
         save_file({"tensor": torch.zeros(2, 4, 2, 2)}, tmp_path / file, content)
+    assert JobState(tmp_path / "out.mp4", IDENTITY).load({}) is None
+    assert AvatarState(tmp_path / "out.mp4", IDENTITY, (2, 4, 2, 2), alone).open(torch.zeros(2, 4, 2, 2), True) == 0
+    assert ClipStore(tmp_path / "out.mp4", IDENTITY, []).load() == (0, None)
+
+
+STATES = (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handed.safetensors")
+
+
+@pytest.mark.parametrize("kind", [*MALFORMED, "half", "empty"])
+def test_a_malformed_state_is_none(tmp_path, kind):
+    """Whatever its header says, it is a warning, and the work starts afresh."""
+    alone = Processes(0, 1, torch.device("cpu"), False)
+    for file in STATES:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        if kind in MALFORMED:
+            (tmp_path / file).write_bytes(MALFORMED[kind][0])
+        else:
+            tensor = torch.zeros(2, 2, dtype=torch.float16) if kind == "half" else torch.zeros(0)
+            save_file({"tensor": tensor}, tmp_path / file, {"clips": "[]"})
     assert JobState(tmp_path / "out.mp4", IDENTITY).load({}) is None
     assert AvatarState(tmp_path / "out.mp4", IDENTITY, (2, 4, 2, 2), alone).open(torch.zeros(2, 4, 2, 2), True) == 0
     assert ClipStore(tmp_path / "out.mp4", IDENTITY, []).load() == (0, None)
