@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from models.wan.config import VARIANTS, WanConfig
+from pipelines.memory import Needs, estimate_needs
 
 logger = logging.getLogger("selfsame")
 
@@ -138,6 +139,12 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def estimate(self, config: WanConfig, vae_itemsize: int = 4) -> Needs:
+        """What `--memory auto` reckons with, for the sizes that are measured here."""
+        _, rows, columns = self.sizes.latents
+        size = (8 * rows, 8 * columns, self.sizes.num_frames)
+        return estimate_needs(config, *size, vae_itemsize=vae_itemsize, vae=self.sizes.vae)
 
     # ------------------------------------------------------------------------------------------------------- measuring
 

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.sections.bench import Bench, Row
+from benchmarks.sections.bench import GIB, Bench, Row
 from benchmarks.sections.models import (
     Inputs,
     call_bytes,
@@ -22,7 +22,7 @@ COPYING = 3e9  # bytes/s, from below, at which weights go to the host or come ba
 
 def measure(bench: Bench) -> None:
     """One step from weights that lie in host memory: seconds to set the mode up (for resident and model, to move all
-    weights), seconds of the second step, device memory at the peak of all.
+    weights), seconds of the second step, device memory at the peak of all, and what `--memory auto` reckons with.
     """
     for name, config in bench.sizes.transformers.items():
         flops, whole = step_needs(bench, config, bench.sizes)
@@ -62,4 +62,8 @@ def _row(bench: Bench, config: WanConfig, mode: str) -> Row:
     bench.forget_peak()
     placing = bench.seconds(place)
     bench.seconds(step)  # warms up; under `group` it tells the hooks the order of the blocks
-    return {"seconds to set up": placing, "seconds a step": bench.seconds(step)} | bench.peak()
+    found = {"seconds to set up": placing, "seconds a step": bench.seconds(step)} | bench.peak()
+    needs = bench.estimate(config)
+    weights = (needs.weights_fp8 if fp8 else needs.weights)[memory]
+    text = 0 if memory == "sequential" else needs.kept_text / 2  # of one prompt
+    return found | {"estimated GiB": (weights + needs.call + text) / GIB}

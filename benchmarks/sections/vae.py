@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sections.bench import Bench, Row
+from benchmarks.sections.bench import GIB, Bench, Row
 from models.wan.vae import Tiling, WanVAE
 
 # What a decoder takes at its peak, estimated from above: only to leave out what cannot fit.
@@ -17,7 +17,9 @@ BYTES_A_PIXEL = {torch.float32: 40_000, torch.bfloat16: 20_000}
 
 
 def measure(bench: Bench) -> None:
-    """The limit is the dense bf16 rate, for float32 too, whose convolutions torch lets cuDNN compute in TF32."""
+    """The limit is the dense bf16 rate, for float32 too, whose convolutions torch lets cuDNN compute in TF32. Beside
+    the memory at the peak stands what `--memory auto` reckons with.
+    """
     frames, (count, height, width) = bench.sizes.num_frames, bench.sizes.latents
     exact = AutoencoderKLWan(**bench.sizes.vae).eval().requires_grad_(False)
     scale = exact.config.scale_factor_spatial
@@ -46,8 +48,14 @@ def measure(bench: Bench) -> None:
 
         median = bench.median(run)
         return {"seconds": median, "ms a frame": 1000 * median / frames} | (
-            bench.of_limit(flops[work], median) | bench.peak()
+            bench.of_limit(flops[work], median) | bench.peak() | ({} if theirs else estimated(work, dtype, tiled))
         )
+
+    def estimated(work: str, dtype: torch.dtype, tiled: bool) -> Row:
+        needs = bench.estimate(bench.sizes.small, dtype.itemsize)
+        at_work = {"encode": needs.encode + needs.encode_past, "decode": needs.decode + needs.decode_past}[work]
+        at_work = needs.tile + needs.tiles_past if tiled else at_work
+        return {"estimated GiB": (needs.vae + at_work) / GIB}
 
     def attempt(work: str, who: str, dtype: torch.dtype, tiled: bool = False) -> Row | None:
         name = "bf16" if dtype == torch.bfloat16 else "float32"
