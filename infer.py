@@ -75,12 +75,12 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
-    scorer = load_scorer(settings, settings.score_photos)
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
     wan = Wan(settings, config, processes)
     wan.check()
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+    scorer = load_scorer(settings, settings.score_photos)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))

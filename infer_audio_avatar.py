@@ -82,12 +82,12 @@ def main(args: argparse.Namespace) -> list[Path]:
     from pipelines.scoring import load_scorer, make_scored
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
-    scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     wan = AvatarWan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
 
     reference = read_reference(settings)  # (H, W, 3) uint8
+    scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = AvatarMaker(wan, text, reference, samples)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))

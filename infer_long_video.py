@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
     from pipelines.drift_report import likeness_to, report
-    from pipelines.first_frame import check_first_frame_files, make_first_frame
+    from pipelines.first_frame import first_frame_files, make_first_frame
     from pipelines.long_video import LongVideoMaker, open_existing
     from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
@@ -107,10 +107,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = processes.own(jobs)
     if not jobs:  # more processes than videos
         return []
+    wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()  # LoRAs take memory too
     if settings.first_frame is not None:  # SDXL's memory is free again after this
-        check_first_frame_files(settings)
         picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
 
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then

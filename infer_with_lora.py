@@ -47,11 +47,11 @@ def main(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
     wan = Wan(settings, config, processes)
-    scorer = load_scorer(settings, settings.score_photos)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+    scorer = load_scorer(settings, settings.score_photos)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VideoMaker(wan, text, faces)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))

@@ -63,12 +63,12 @@ def main(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
     wan = VaceWan(settings, config, processes)
-    scorer = load_scorer(settings, settings.score_photos)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
     wan.check(at_once=replace(settings, num_frames=frames))
 
     control = read_control(settings, demonstrate=wan.is_tiny)
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+    scorer = load_scorer(settings, settings.score_photos)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VaceMaker(wan, text, faces, control)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))

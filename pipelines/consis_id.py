@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from models.identity.consis_id import (
     split_config,
 )
 from models.wan.checkpoint import assign_tensors, read_tensors
-from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_networks, prepare_face
+from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_networks, network_files, prepare_face
 from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
@@ -47,7 +48,7 @@ from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.video_file import VideoWriter
 from pipelines.wan import DTYPES
-from pipelines.weights import WeightsFile
+from pipelines.weights import WeightsFile, check_weights
 from preprocess.image import write_png
 from preprocess.keypoints import draw_keypoints
 
@@ -97,10 +98,7 @@ class ConsisID:
             UsageError: a size that the checkpoint cannot make.
             ResourceError: more memory than the device has.
         """
-        for folder in (self.transformer_path, *(self.base_path / part for part in PARTS)):
-            if not folder.is_dir():
-                raise WeightsError(f"{folder}: no such weights; {self.hint}")
-        face_networks(self.settings, self.base_path, self.hint)
+        check_weights([*self.weights(), *network_files(self.settings, self.base_path, self.config["name"])])
         config = read_json(self.transformer_path / "config.json", self.hint)
         self.check_size(config)
         free = free_bytes(self.device)
@@ -120,7 +118,15 @@ class ConsisID:
     def weights(self) -> list[WeightsFile]:
         """All that is read, without the networks of the face."""
         parts = {"transformer": self.transformer_path} | {part: self.base_path / part for part in PARTS}
-        return [WeightsFile(name, "--base_path", path) for name, path in parts.items()]
+        readers = {
+            "transformer": partial(load_consis_id, self.transformer_path, dtype=None),
+            "text_encoder": partial(load_text_encoder, self.base_path / "text_encoder", dtype=None),
+            "vae": partial(load_vae, self.base_path / "vae", dtype=None),
+        }  # what is not cast stays on the disk
+        return [
+            WeightsFile(name, "--base_path", path, self.config["name"], read=readers.get(name))
+            for name, path in parts.items()
+        ]
 
     def describe(self, prompt: str, seed: int) -> dict:
         """The record of one video, as far as it is known before anything is read."""
@@ -339,7 +345,7 @@ class ConsisIDMaker:
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype, hint: str = "") -> T5EncoderModel:
+def load_text_encoder(folder: Path, dtype: torch.dtype | None, hint: str = "") -> T5EncoderModel:
     """T5-v1.1's encoder.
 
     Raises:
@@ -368,7 +374,7 @@ def load_tokenizer(folder: Path, hint: str = "") -> T5Tokenizer:
         raise WeightsError(f"{folder}: no T5 tokenizer ({reason[:160]}); {hint}") from error
 
 
-def load_vae(folder: Path, dtype: torch.dtype, hint: str = "") -> AutoencoderKLCogVideoX:
+def load_vae(folder: Path, dtype: torch.dtype | None, hint: str = "") -> AutoencoderKLCogVideoX:
     """CogVideoX's VAE.
 
     Raises:

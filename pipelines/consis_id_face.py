@@ -3,9 +3,11 @@
 Source: ConsisID `models/consisid_utils.py:process_face_embeddings`.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from errors import InputError, WeightsError
 from models.identity.eva_clip import load_eva_tower
+from models.wan.checkpoint import read_tensors
 from models.wan.image_encoder import CLIP_MEAN, CLIP_STD
 from pipelines.consis_id_settings import ConsisIDSettings
+from pipelines.weights import WeightsFile, face_files
 from preprocess.face import choose_face, load_parser
 from preprocess.face_alignment import align_face, grey, limit_size, similarity, to_uint8, white_background
 from preprocess.face_detection import load_recogniser, recogniser_is_there
@@ -94,6 +98,18 @@ def face_networks(settings: ConsisIDSettings, base_path: Path, hint: str) -> Pat
         if not (folder / name).is_file():
             raise WeightsError(f"{folder / name}: no such file; {hint}, or name its folder with --face_encoder_path")
     return folder
+
+
+def network_files(settings: ConsisIDSettings, base_path: Path, download: str) -> list[WeightsFile]:
+    """The face networks, to be checked with all else. download: the config that brings them."""
+    folder = Path(settings.face_encoder_path or base_path / "face_encoder")
+    names = {"EVA-CLIP": EVA_FILE} | ({"RetinaFace": RETINAFACE_FILE} if settings.face_detector == "retinaface" else {})
+    files = [
+        WeightsFile(name, "--face_encoder_path", folder / file, download, read=partial(read_tensors, folder / file))
+        for name, file in names.items()
+    ]
+    with_models = dataclasses.replace(settings, antelopv2_path=antelopv2_path(settings, folder))
+    return files + face_files(with_models, "--method consisid")
 
 
 def antelopv2_path(settings: ConsisIDSettings, folder: Path) -> str | Path | None:

@@ -31,7 +31,7 @@ from pipelines.denoise import Expert
 from pipelines.face_swap_settings import FaceSwapSettings
 from pipelines.jobs import Job
 from pipelines.progress_bars import ProgressBars
-from pipelines.text_to_video import VideoMaker, read_face
+from pipelines.text_to_video import VideoMaker, cut_face
 from pipelines.video_file import frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import BiSeNetParser, FaceImage, load_parser
@@ -46,7 +46,7 @@ from preprocess.face_paste import (
     soften,
     source_keypoints,
 )
-from preprocess.image import write_png
+from preprocess.image import read_image, write_png
 from preprocess.video import VideoInfo, read_frames
 
 logger = logging.getLogger("selfsame")
@@ -230,8 +230,10 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
         InputError: the photo or the video cannot be read, or shows no face.
         UsageError: there is no such face.
     """
+    photo = settings.ip_image[0]
+    picture = read_image(photo, "--ip_image")
     detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
-    face = read_face(settings, settings.ip_image[0], detector, parser)
+    face = cut_face(settings, photo, picture, detector, parser)
     if output is not None:
         write_png(output.with_suffix(".face0.png"), face.rgb, overwrite=True)
 

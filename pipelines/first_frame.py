@@ -1,6 +1,6 @@
 """Photo -> first frame of a video: a picture of the person in the scene, by InstantID, at the video's size.
 
-    check_first_frame_files(settings)                    # before anything slow
+    first_frame_files(settings)                          # to be checked before anything slow
     frame = make_first_frame(settings, output)           # (H, W, 3) uint8; SDXL's memory is free again
 
 For any settings that are `FirstFrameSettings`. Beside the video lie NAME.first_frame.png, the frame exactly as the
@@ -20,11 +20,12 @@ from errors import InputError
 from pipelines.conditions import cover_resize
 from pipelines.distributed import choose_device
 from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
-from pipelines.instant_id import FaceGuide, PictureMaker, check_files, describe_picture, guide_face
+from pipelines.instant_id import FaceGuide, PictureMaker, describe_picture, guide_face, needed_files
 from pipelines.instant_id_settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.scoring import load_scorer, make_scored
+from pipelines.weights import WeightsFile
 from preprocess.face_detection import load_recogniser
 from preprocess.image import read_image, write_png
 
@@ -34,14 +35,13 @@ logger = logging.getLogger("selfsame")
 SMALLEST_FACE = 90
 
 
-def check_first_frame_files(settings: FirstFrameSettings) -> None:
-    """Say what is missing before anything is loaded.
-
-    Raises:
-        WeightsError: with the command that fetches it.
-    """
-    check_files(picture_settings(settings), load_config(settings.first_frame))
-    load_recogniser(settings.antelopv2_path, f"--first_frame {settings.first_frame}")
+def first_frame_files(settings: FirstFrameSettings) -> list[WeightsFile]:
+    """What the first frame needs, to be checked with all else; none where none is asked for."""
+    if settings.first_frame is None:
+        return []
+    return needed_files(
+        picture_settings(settings), load_config(settings.first_frame), f"--first_frame {settings.first_frame}"
+    )
 
 
 def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.conditions import best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
-from pipelines.first_frame import check_first_frame_files, make_first_frame
+from pipelines.first_frame import first_frame_files, make_first_frame
 from pipelines.image_to_video_settings import ImageToVideoSettings
 from pipelines.jobs import Job
 from pipelines.progress_bars import ShownVAE
@@ -40,8 +40,7 @@ def open_pictures(
         WeightsError: a first frame's weights are missing.
     """
     if settings.first_frame is not None:
-        Wan(settings, config, processes).check_files()  # before the minutes that SDXL takes
-        check_first_frame_files(settings)
+        Wan(settings, config, processes).check_files(first_frame_files(settings))  # before the minutes that SDXL takes
         frame = make_first_frame(settings, output) if processes.writes else None
         pictures = [processes.share(frame)]
     else:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -40,7 +41,7 @@ from pipelines.picture_file import write_picture
 from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
-from pipelines.weights import WeightsFile
+from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.face import choose_face
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face, resize_picture
@@ -117,21 +118,46 @@ def find_face(picture: numpy.ndarray, recogniser, name: str, face_index: int | N
 
 
 def check_files(settings: InstantIdSettings, config: dict) -> None:
-    """Say what is missing before anything is loaded.
+    """Say all that is missing or wrong before anything is loaded.
 
     Raises:
         WeightsError: with the command that fetches it.
     """
-    if not sdxl_path(settings, config).exists():
-        raise WeightsError(f"{sdxl_path(settings, config)}: no SDXL base there; {download_command(config['base'])}")
-    for part in (identity_net_path(settings, config), face_adapter_path(settings, config)):
-        if not part.exists():
-            raise WeightsError(f"{part}: no such InstantID weights; {download_command(config)}")
-    if settings.lcm and not lcm_path(settings).exists():
-        raise WeightsError(f"{lcm_path(settings)}: no such LoRA; {download_command(load_config('lcm-lora-sdxl'))}")
     for folder in settings.controlnet:
         if not Path(folder).is_dir():
             raise WeightsError(f"--controlnet {folder}: no such folder; give a ControlNet for SDXL in Diffusers layout")
+    check_weights(needed_files(settings, config, "--method instantid"))
+
+
+def needed_files(settings: InstantIdSettings, config: dict, needed_by: str) -> list[WeightsFile]:
+    """`weights_of` with SDXL as the one thing it is, found or not, and the face models."""
+    path = sdxl_path(settings, config)
+    name = "sdxl-layout" if path.is_file() else config["base"]["name"] if config["base"] else None
+    sdxl = WeightsFile("SDXL", "--sdxl_path", path, name, read=partial(check_sdxl, path))
+    others = [file for file in weights_of(settings, config) if file.name != "SDXL"]
+    return [sdxl, *others, *face_files(settings, needed_by)]
+
+
+def check_sdxl(path: Path) -> None:
+    """Whether a folder holds a whole SDXL model, or a file can be read, by headers.
+
+    Raises:
+        WeightsError: it does not, or cannot.
+    """
+    if path.is_file():
+        layout = Path("checkpoints") / load_config("sdxl-layout")["dest"]
+        if not (layout / "model_index.json").is_file():
+            raise WeightsError(f"{path}: one file needs the layout of SDXL in {layout}")
+        read_tensors(path)
+        return
+    if not (path / "model_index.json").is_file():
+        raise WeightsError(f"{path}: not a whole SDXL model (no model_index.json)")
+    files = sdxl_files(path)
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    if missing := [part for part in parts if not any(file.parent.name == part for file in files)]:
+        raise WeightsError(f"{path}: not a whole SDXL model (no weights in {', '.join(missing)})")
+    for file in files:
+        read_tensors(file)
 
 
 def identity_net_path(settings: InstantIdSettings, config: dict) -> Path:
@@ -213,14 +239,21 @@ def sdxl_files(path: Path) -> list[Path]:
 
 def weights_of(settings: InstantIdSettings, config: dict) -> list[WeightsFile]:
     """All that is read."""
-    parts = [
-        *(("SDXL", "--sdxl_path", file) for file in sdxl_files(sdxl_path(settings, config))),
-        ("IdentityNet", "--instantid_path", controlnet_weights(identity_net_path(settings, config))),
-        *(("ControlNet", "--controlnet", controlnet_weights(folder)) for folder in settings.controlnet),
-        ("face adapter", "--instantid_path", face_adapter_path(settings, config)),
-        *([("LCM LoRA", "--lcm_lora_path", lcm_path(settings))] if settings.lcm else []),
-    ]
-    return [WeightsFile(name, flag, Path(file)) for name, flag, file in parts]
+
+    def net(name: str, flag: str, folder: str | Path, download: str | None = None) -> WeightsFile:
+        read = partial(load_controlnet, folder, dtype=None)  # what is not cast stays on the disk
+        return WeightsFile(name, flag, controlnet_weights(folder), download, read=read)
+
+    adapter, lcm = face_adapter_path(settings, config), lcm_path(settings)
+    files = [WeightsFile("SDXL", "--sdxl_path", file) for file in sdxl_files(sdxl_path(settings, config))]
+    files.append(net("IdentityNet", "--instantid_path", identity_net_path(settings, config), config["name"]))
+    files += [net("ControlNet", "--controlnet", folder) for folder in settings.controlnet]
+    read = partial(read_face_adapter, adapter)
+    files.append(WeightsFile("face adapter", "--instantid_path", adapter, config["name"], read=read))
+    if settings.lcm:
+        read = partial(read_tensors, lcm)
+        files.append(WeightsFile("LCM LoRA", "--lcm_lora_path", lcm, "lcm-lora-sdxl", read=read))
+    return files
 
 
 def describe_picture(settings: InstantIdSettings, config: dict, prompt: str, seed: int) -> dict:

@@ -37,10 +37,10 @@ logger = logging.getLogger("selfsame")
 BLANK = 1.0  # standard deviation of 8-bit pixels below which a whole clip counts as blank
 
 
-def read_face(settings: Settings, photo: str, detector, parser) -> FaceImage:
-    """One person's photo, with the face cut out as the settings say."""
+def cut_face(settings: Settings, photo: str, picture: numpy.ndarray, detector, parser) -> FaceImage:
+    """The face of one person's photo, as the settings say."""
     return prepare_face(
-        read_image(photo, "--ip_image"),
+        picture,
         detector,
         parser,
         face_index=settings.face_index,
@@ -57,11 +57,12 @@ def prepare_faces(settings: Settings, output: Path | None = None) -> list[numpy.
         InputError: a photo that cannot be read, or without a face.
     """
     faces = []
-    detector = parser = None
+    pictures = [read_image(photo, "--ip_image") for photo in settings.stand_in_photos]
+    detector = parser = None  # read after the photos: what is said of them when they are absent is no error's beginning
     if settings.stand_in_photos and not settings.no_face_crop:
         detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
-    for number, photo in enumerate(settings.stand_in_photos):
-        face = read_face(settings, photo, detector, parser).rgb
+    for number, (photo, picture) in enumerate(zip(settings.stand_in_photos, pictures, strict=True)):
+        face = cut_face(settings, photo, picture, detector, parser).rgb
         if output is not None:
             write_png(output.with_suffix(f".face{number}.png"), face, overwrite=True)
         faces.append(face)

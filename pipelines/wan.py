@@ -284,7 +284,8 @@ class Wan:
             WeightsError: files that are not there, with the command that fetches them.
             ResourceError: more memory than the device, or the machine, has.
         """
-        self.check_files()
+        if not self._checked_files:
+            self.check_files()
         self.check_attention_backend()
         self.use_placement(self.processes.share(self.choose_placement(self.needs(at_once))))
         check_memory(self.settings, self.placement.device_bytes, self.device)
@@ -349,15 +350,18 @@ class Wan:
         if self._loras:  # they run beside weights in float8
             self._live_loras = self.settings.live_loras
 
-    def check_files(self) -> None:
+    def check_files(self, further: Sequence[WeightsFile] = ()) -> None:
         """Say all that is missing or wrong before anything is loaded.
+
+        Args:
+            further: of other models that the run needs.
 
         Raises:
             WeightsError: with the command that fetches it.
         """
-        settings = self.settings
         self._checked_files = True
-        check_weights([*self.weights(), *face_files(settings, required=settings.min_face_score is not None)])
+        faces = face_files(self.settings, None if self.settings.min_face_score is None else "--min_face_score")
+        check_weights([*self.weights(), *faces, *further])
 
     def describe(self, prompt: str, seed: int) -> dict:
         """The record of one video, as far as it is known before anything is read."""

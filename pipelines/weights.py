@@ -52,20 +52,21 @@ class WeightsFile:
             self.read()
 
 
-def face_files(settings, required: bool) -> list[WeightsFile]:
+def face_files(settings, needed_by: str | None) -> list[WeightsFile]:
     """The face models of settings of any method. They are no part of what makes a frame, so `Wan.weights` has none.
 
-    required: whether nothing can stand in for antelopev2; a path that was given has to be right in any case.
+    needed_by: the flag for which nothing can stand in for antelopev2. A path that was given is right in any case.
     """
     files = []
-    if required or settings.antelopv2_path is not None:
+    if needed_by or settings.antelopv2_path is not None:
         folder = Path(settings.antelopv2_path or DETECTOR_PATH)
 
         def read() -> None:
             if not recogniser_is_there(folder):
                 raise WeightsError(f"{folder}: no .onnx files there, nor in its models/antelopev2/")
 
-        files.append(WeightsFile("face models", "--antelopv2_path", folder, "antelopev2", read=read))
+        name = f"face models (for {needed_by})" if needed_by else "face models"
+        files.append(WeightsFile(name, "--antelopv2_path", folder, "antelopev2", read=read))
     if (parser := getattr(settings, "face_parser_path", None)) is not None:
         files.append(WeightsFile("face parser", "--face_parser_path", Path(parser), "face-parsing"))
     return files

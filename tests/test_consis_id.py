@@ -364,6 +364,7 @@ def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypat
     settings, run_config = settings_and_config(releases, "--height", 16000, "--width", 16000)
     model = ConsisID(settings, run_config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
     monkeypatch.setattr("pipelines.consis_id.read_json", lambda *_: config | {"LFE_output_dim": 682})
+    monkeypatch.setattr(ConsisID, "weights", lambda self: [])  # they are not of that size
     with pytest.raises(ResourceError, match="--width 16000 --height 16000 .*--memory group, --tiled"):
         model.check()
 

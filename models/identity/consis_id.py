@@ -191,7 +191,7 @@ def consis_id_from_tensors(
 
 
 def load_consis_id(
-    folder: str | Path, *, dtype: torch.dtype, hint: str = ""
+    folder: str | Path, *, dtype: torch.dtype | None, hint: str = ""
 ) -> tuple[ConsisIDTransformer, LocalFacialExtractor]:
     """Read the `transformer` folder of a release: config.json and safetensors.
 

@@ -185,7 +185,7 @@ def controlnet_weights(folder: str | Path) -> Path:
     return next((file for name in names if (file := Path(folder) / name).is_file()), Path(folder))
 
 
-def load_controlnet(folder: str | Path, *, dtype: torch.dtype, hint: str = "") -> ControlNetModel:
+def load_controlnet(folder: str | Path, *, dtype: torch.dtype | None, hint: str = "") -> ControlNetModel:
     """IdentityNet (the released `ControlNetModel` folder) or another ControlNet in Diffusers layout, all or error.
 
     Raises:
