@@ -1,13 +1,14 @@
 """Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UsageError
 from pipelines.settings import Settings
-from pipelines.video_file import free_disk_or_error, resolve_output
+from pipelines.video_file import free_disk_or_error, refuse_if_written, resolve_output
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
         for seed in settings.seed:
             path = output.with_name(f"{output.stem}-{number:03d}-seed{seed}{output.suffix}") if several else output
             jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
+            if "WORLD_SIZE" not in os.environ:  # else it may be another process of this very run
+                refuse_if_written(jobs[-1].output)
     free_disk_or_error(output, len(jobs) * estimate_file_bytes(settings))
     return jobs
 

@@ -404,6 +404,21 @@ def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str =
     return path
 
 
+def refuse_if_written(path: Path) -> None:
+    """Refuse an output that another run is writing, long before the lock of `VideoWriter` would.
+
+    Raises:
+        UsageError: it is.
+    """
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), open(part_of(path, path.suffix[1:]), "rb") as part:
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the file is closed
+        except BlockingIOError:
+            raise UsageError(f"another run is writing {path}; wait for it or give another --output") from None
+
+
 def prepare_folder(folder: Path, shown: str):
     """Create the folder and try to write in it, which is the only test that holds for every user and file system."""
     try:

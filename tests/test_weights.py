@@ -1,5 +1,6 @@
 """The list of what a run reads, and what is said of what is missing or wrong before anything loads."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,20 @@ import infer_with_lora
 import infer_with_vace
 from errors import UserError, WeightsError
 from models.wan import checkpoint
+from pipelines import instant_id
+from pipelines.consis_id import ConsisID
+from pipelines.consis_id_settings import resolve_consis_id
 from pipelines.control_video import resolve_vace_settings
 from pipelines.distributed import start_processes
+from pipelines.image_to_video import open_pictures
 from pipelines.image_to_video_settings import resolve_image_to_video
+from pipelines.instant_id_settings import resolve_instant_id
+from pipelines.jobs import list_jobs
 from pipelines.long_video_settings import resolve_long_video
+from pipelines.settings import PROJECT
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer
 from pipelines.vace import VaceWan
+from pipelines.video_file import VideoWriter
 from pipelines.wan import Wan
 from tests.test_infer import write_release
 from tests.tiny import CONFIG
@@ -205,3 +214,63 @@ def test_attention_backend_is_tried_before_loading(release):
     assert said.startswith("2: --attention_backend _native_cudnn: does not run on cpu in torch.float32")
     assert said.endswith("native, _native_flash, _native_math")
     assert checked(release, release, "--attention_backend", "_native_math") == ""
+
+
+def test_an_output_that_another_run_writes_is_refused_at_once(tmp_path):
+    args = infer.parse_args(["--output", str(tmp_path / "out.mp4"), "--prompt", "x"])
+    settings, _ = resolve_image_to_video(args)
+    with VideoWriter(tmp_path / "out.mp4", fps=16) as video:
+        with pytest.raises(UserError, match="another run is writing .*out.mp4") as error:
+            list_jobs(settings)
+        assert error.value.exit_code == 2
+        video.write(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    (tmp_path / "out.mp4").unlink()
+    (tmp_path / "out.json").unlink(missing_ok=True)
+    list_jobs(settings)  # what a run leaves locks nobody out
+
+
+def test_instant_id_names_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = infer.parse_args(["--method", "instantid", "--ip_image", str(PROJECT / FACE), "--prompt", "x", "--lcm"])
+    settings, config = resolve_instant_id(args)
+    with pytest.raises(WeightsError) as error:
+        instant_id.check_files(settings, config)
+    said = str(error.value)
+    for part in ("SDXL", "IdentityNet", "face adapter", "LCM LoRA", "face models (for --method instantid)"):
+        assert part in said
+    assert said.endswith("--only sdxl-base-1.0 instantid lcm-lora-sdxl antelopev2")
+    (tmp_path / "checkpoints" / "InstantID").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "InstantID" / "ip-adapter.bin").write_text("<html>")
+    with pytest.raises(WeightsError, match="face adapter: .*a web page, not weights"):
+        instant_id.check_files(settings, config)
+
+
+def test_a_first_frame_is_checked_with_the_video_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--first_frame", "instantid", "--ip_image", str(PROJECT / FACE), "--prompt", "x"]
+    args = infer.parse_args(["--config", "wan2.2-ti2v-5B", *flags])
+    settings, config = resolve_image_to_video(args)
+    with pytest.raises(WeightsError, match="--only wan2.2-ti2v-5B sdxl-base-1.0 instantid antelopev2$"):
+        open_pictures(settings, config, start_processes("cpu"), tmp_path / "out.mp4")
+
+
+def test_consis_id_names_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = infer.parse_args(["--method", "consisid", "--ip_image", str(PROJECT / FACE), "--prompt", "x"])
+    settings, config = resolve_consis_id(args)
+    with pytest.raises(WeightsError) as error:
+        ConsisID(settings, config, start_processes("cpu")).check()
+    said = str(error.value)
+    for part in ("transformer", "text_encoder", "vae", "EVA-CLIP", "RetinaFace", "face models (for --method consisid)"):
+        assert part in said
+    assert said.endswith("run: python download_models.py --only consisid antelopev2")
+
+
+def test_notices_of_absent_face_models_come_after_what_is_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="selfsame")
+    (tmp_path / "photo.png").write_text("no picture")
+    flags = ["--config", "tiny", "--ip_image", "photo.png", "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
+    with pytest.raises(UserError, match="photo.png"):
+        infer.main(infer.parse_args(flags))
+    assert "antelopev2" not in caplog.text and "face-parsing" not in caplog.text
