@@ -5,6 +5,7 @@
     … --lora_path style.safetensors motion.safetensors --lora_scale 0.8 0.5     several, each with its scale
     … --lora_path lightx2v.safetensors --lora_config lora-lightx2v-4step        distilled: brings its steps and guidance
     … --wan_version 2.2 --lora_path_high a.safetensors --lora_path_low b.safetensors       one for each expert
+    … --wan_version 2.2 --lora_config lora-lightx2v-wan2.2-t2v                  LightX2V's pair for Wan2.2: four steps
     … --lora_path style.safetensors --fp8                                       computed beside the weights, not merged
     … --lora_path motion.safetensors --lora_end 0.4                             off after the first 40% of the steps
     python infer_with_lora.py --config out.json --output again.mp4              the run that wrote out.json, once more

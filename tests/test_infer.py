@@ -349,6 +349,13 @@ def test_released_layout_equals_the_model_in_memory(tmp_path, reference):
     (elsewhere / "google" / "umt5-xxl" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     parts += ("--tokenizer_path", tmp_path / "tokenizer.json")
     assert (make(tmp_path / "named.mp4", *flags, stand_in, *parts) == reference).all()
+    # ComfyUI's single file brings its tokenizer as bytes, here those of a tokenizer.json, and needs no other.
+    text_encoder = torch.load(elsewhere / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    spiece = torch.frombuffer(bytearray((tmp_path / "tokenizer.json").read_bytes()), dtype=torch.uint8)
+    comfy = tmp_path / "umt5_xxl_fp16.safetensors"
+    save_file(text_encoder | {"spiece_model": spiece}, comfy)
+    comfy_parts = (*parts[:2], "--text_encoder_path", comfy, "--base_path", single)
+    assert (make(tmp_path / "comfy.mp4", *flags, stand_in, *comfy_parts) == reference).all()
     with pytest.raises(UserError, match="download_models.py") as error:
         make(tmp_path / "missing.mp4", *flags, stand_in)
     assert error.value.exit_code == 4
