@@ -1,5 +1,6 @@
 """Memory: what a run will need, checked before weights load, and the modes that trade speed for it."""
 
+import argparse
 import contextlib
 import functools
 import logging
@@ -12,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from configs import load_config
 from errors import ResourceError
 from models.audio_adapter import AudioAdapter
 from models.vace import VaceBranch
@@ -533,3 +535,47 @@ def needs_of_pipeline(pipeline: DiffusionPipeline, work: int) -> Needs:
 
 def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- the README's table
+
+CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB of GPU memory
+USABLE = 0.95  # of it, beside a desktop and the driver's own
+TABLE = (
+    "stand-in-wan2.1",
+    "stand-in-wan2.2",
+    "wan2.1-t2v-1.3B",
+    "wan2.1-i2v-14B-480P",
+    "wan2.1-i2v-14B-720P",
+    "wan2.2-i2v-A14B",
+    "wan2.2-ti2v-5B",
+    "wan2.1-vace-1.3B",
+    "wan2.1-vace-14B",
+    "stableavatar-1.3B",
+)
+
+
+def table(ram: int = 60) -> str:
+    """GPU memory x model -> the mode that `--memory auto` chooses and what it is estimated to need, as Markdown.
+
+    ram: GiB that are free.
+    """
+    lines = [
+        "| GPU memory | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
+        "|---|" + "---|" * len(CARDS),
+    ]
+    for name in TABLE:
+        config = load_config(name)
+        needs, defaults, cells = needs_of_config(config), config["defaults"], []
+        for card in CARDS:
+            chosen = choose_mode(needs, int(card * USABLE * GIB), ram * GIB)
+            cells.append(f"{chosen.name} {chosen.device_bytes / GIB:.1f}" if chosen.fits else "–")
+        size = f"{defaults['width']}x{defaults['height']}, {defaults['num_frames']}"
+        lines.append(f"| `{name}` ({size}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Which memory mode `--memory auto` chooses, by GPU memory and model.")
+    parser.add_argument("--ram", type=int, default=60, help="GiB of RAM that are free (60)")
+    print(table(parser.parse_args().ram))

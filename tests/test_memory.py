@@ -28,6 +28,7 @@ from pipelines.memory import (
     needs_of_config,
     next_mode,
     place,
+    table,
 )
 from pipelines.settings import resolve_settings
 
@@ -172,6 +173,10 @@ def test_every_model_fits_what_was_free_and_more_memory_is_never_slower(name):
         assert before is None or rank <= before, f"{card} GiB: {chosen}"
         before = rank
     assert chosen.fits and not chosen.tiled and not chosen.fp8
+
+
+def test_the_table_in_the_readme_is_what_the_function_says(request):
+    assert table() in (request.config.rootpath / "README.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ what is estimated
