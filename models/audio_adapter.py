@@ -34,6 +34,7 @@ from errors import WeightsError
 from models.wan.attention import WanAttention
 from models.wan.checkpoint import assign_tensors, original_names, read_tensors, split_scales, transformer_from_tensors
 from models.wan.config import WanConfig
+from models.wan.float8 import use_float8
 from models.wan.transformer import BlockContext, KeysValues, Plugin, Slots, WanTransformer, cast_linears, modulate
 
 AUDIO_DIM = 768  # of the released adapter: wav2vec2-base's last hidden state
@@ -374,6 +375,8 @@ def load_audio_avatar(
     device: torch.device | str | None = None,
     num_heads: int | None = None,
     expect: WanConfig | None = None,
+    fp8: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     hint: str = "",
 ) -> tuple[WanTransformer, AudioAdapter]:
     """Read StableAvatar weights: a released file holds the whole transformer and the adapter.
@@ -382,7 +385,7 @@ def load_audio_avatar(
         path: `transformer3d-square.pt`, `transformer3d-rec-vec.pt`, or any layout that `read_tensors` knows.
         adapter_path: a file whose adapter is taken in place of that in `path`, which may then be a plain Wan
             image-to-video transformer (fine-tuning saves the audio weights beside a LoRA).
-        dtype, device, num_heads, expect, hint: as for `load_transformer`.
+        dtype, device, num_heads, expect, fp8, changes, hint: as for `load_transformer`.
 
     Raises:
         WeightsError: unreadable, no adapter in it, keys missing or too many.
@@ -398,8 +401,10 @@ def load_audio_avatar(
             f"{source}: no audio adapter in it (keys vocal_projector.…): plain Wan weights? "
             + (hint or "give StableAvatar's transformer3d-square.pt or transformer3d-rec-vec.pt")
         )
-    transformer = transformer_from_tensors(base, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect)
-    adapter = adapter_from_tensors(vocal, transformer, dtype=dtype, device=device, source=source)
+    transformer = transformer_from_tensors(
+        base, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect, fp8=fp8, changes=changes
+    )
+    adapter = adapter_from_tensors(vocal, transformer, dtype=dtype, device=device, fp8=fp8, source=source)
     return transformer.requires_grad_(False), adapter
 
 
@@ -415,6 +420,7 @@ def adapter_from_tensors(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    fp8: bool = False,
     source: str | Path = "",
 ) -> AudioAdapter:
     """An adapter for this transformer from tensors with original names, all or error. They tell its layout."""
@@ -438,6 +444,8 @@ def adapter_from_tensors(
             ffn_dim=shapes.get("vocal_projector.blocks.0.ffn.0.weight", (None,))[0],
             eps=config.eps,
         )
+    if fp8:
+        use_float8(adapter)
     assign_tensors(
         adapter,
         tensors,

@@ -22,9 +22,10 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -299,9 +300,7 @@ def _refusal(lora: Lora, tensors: Mapping, problems: Mapping[str, list[str]], sh
     )
     applicable = len(tensors) - len(lora.left_out)
     refused = sum(len(keys) for keys in problems.values())
-    message = (
-        f"{lora.source}: {refused} of {len(tensors)} LoRA keys do not apply: {kinds or 'an empty file'}"
-    )
+    message = f"{lora.source}: {refused} of {len(tensors)} LoRA keys do not apply: {kinds or 'an empty file'}"
     if reason := _likely_reason(tensors, problems, shapes):
         message += f"; {reason}"
     if lora.pairs or lora.full:
@@ -384,16 +383,28 @@ def merge_loras(
         device: where the sums are computed; the weights stay where they are.
     """
     parameters = dict(transformer.named_parameters())
-    for name in dict.fromkeys(name for lora, _ in loras for name in lora.targets):
-        parameter = parameters[name]
-        place = device or parameter.device
-        weight = parameter.data.to(place, torch.float32)
+    for name, change in lora_changes(loras, device).items():
+        parameters[name].data = change(parameters[name].data)
+
+
+def lora_changes(
+    loras: Sequence[tuple[Lora, float]], device: torch.device | None = None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Parameter name -> what makes the changed weight of a weight, as `merge_loras` does: for those that are changed as
+    they are read, before they are stored in float8.
+    """
+
+    def change(weight: Tensor, name: str) -> Tensor:
+        place = device or weight.device
+        changed = weight.to(place, torch.float32)
         for lora, scale in loras:
             if name in lora.pairs:
-                weight = weight + scale * lora.pairs[name].delta(place).view(weight.shape)
+                changed = changed + scale * lora.pairs[name].delta(place).view(changed.shape)
             if name in lora.full:
-                weight = weight + scale * lora.full[name].to(place, torch.float32)
-        parameter.data = weight.to(parameter.device, parameter.dtype)
+                changed = changed + scale * lora.full[name].to(place, torch.float32)
+        return changed.to(weight.device, weight.dtype)
+
+    return {name: partial(change, name=name) for name in dict.fromkeys(n for lora, _ in loras for n in lora.targets)}
 
 
 def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]]) -> None:
@@ -415,6 +426,8 @@ def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]
         for weight, pair in lora.pairs.items():
             module = weight.removesuffix(".weight")
             dtype, shape = kinds[weight]
+            if dtype.itemsize == 1:  # of a weight in float8
+                dtype = transformer.compute_dtype
             down = pair.down.reshape(-1, *shape[1:])
             up = (pair.up.float() * pair.scale).reshape(shape[0], -1, *[1] * len(shape[2:]))
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = down.to(dtype), up.to(dtype)
@@ -422,6 +435,10 @@ def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
             transformer.load_lora_adapter(tensors, prefix=None, adapter_name=f"lora{number}", low_cpu_mem_usage=True)
+        for key, tensor in tensors.items():  # peft would have them in the dtype of the weight, which may be float8
+            module, part, _ = key.rsplit(".", 2)
+            factor = getattr(transformer.get_submodule(module), part)[f"lora{number}"].weight
+            factor.data = tensor.to(factor.device)
     if names:
         transformer.set_adapters(list(names), list(names.values()))
         transformer.requires_grad_(False)

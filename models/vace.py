@@ -12,7 +12,7 @@ Source: arXiv 2503.07598; Wan2.1 `wan/modules/vace_model.py` (VaceWanModel).
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, original_names, read_tensors, split_scales, transformer_from_tensors
 from models.wan.config import WanConfig
+from models.wan.float8 import use_float8
 from models.wan.transformer import (
     BlockContext,
     BlockSlots,
@@ -167,6 +168,8 @@ def load_vace(
     num_heads: int | None = None,
     expect: WanConfig | None = None,
     vace_layers: Sequence[int] | None = None,
+    fp8: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     hint: str = "",
 ) -> tuple[WanTransformer, VaceBranch]:
     """Read a VACE checkpoint: released ones hold the base transformer and the branch in one set of files.
@@ -175,7 +178,7 @@ def load_vace(
         path: a file or folder in any layout that `read_tensors` knows.
         base_path: of the base transformer, where `path` holds the branch alone (DiffSynth-Studio's files).
         vace_layers: where no config.json beside the weights states them; None: spread evenly.
-        dtype, device, num_heads, expect, hint: as for `load_transformer`.
+        dtype, device, num_heads, expect, fp8, changes, hint: as for `load_transformer`.
 
     Raises:
         WeightsError: unreadable, no VACE keys in it, keys missing or too many, or no base.
@@ -195,10 +198,12 @@ def load_vace(
     if not base:
         path = Path(base_path)
         base = read_tensors(path / "transformer" if (path / "model_index.json").is_file() else path, hint=hint)
-    transformer = transformer_from_tensors(base, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect)
+    transformer = transformer_from_tensors(
+        base, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect, fp8=fp8, changes=changes
+    )
     layers = stated_layers(folder) or vace_layers
     return transformer.requires_grad_(False), branch_from_tensors(
-        branch, transformer, layers, dtype=dtype, device=device, source=folder
+        branch, transformer, layers, dtype=dtype, device=device, fp8=fp8, source=folder
     )
 
 
@@ -238,6 +243,7 @@ def branch_from_tensors(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    fp8: bool = False,
     source: str | Path = "",
 ) -> VaceBranch:
     """A branch for this base transformer from tensors with original names (`vace_…`), all or error."""
@@ -268,6 +274,8 @@ def branch_from_tensors(
             eps=config.eps,
             patch_size=tuple(config.patch_size),
         )
+    if fp8:
+        use_float8(branch)
     assign_tensors(
         branch,
         tensors,

@@ -124,6 +124,8 @@ class AvatarWan(Wan):
                 dtype=self.dtype,
                 device=None if self.settings.fsdp_dit else device,  # no device has to hold it whole
                 expect=self.transformer_config,
+                fp8=bool(self.settings.fp8),
+                changes=self._changes(expert),
                 hint=self.hint(self.config),
             )
         self._place(self._beside)

@@ -165,6 +165,8 @@ class VaceWan(Wan):
                 dtype=self.dtype,
                 device=device,
                 expect=self.transformer_config,
+                fp8=bool(self.settings.fp8),
+                changes=self._changes(expert),
                 vace_layers=self.base["vace"]["vace_layers"],
                 hint=self.hint(self.base),
             )

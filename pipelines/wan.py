@@ -16,11 +16,12 @@ from torch import Tensor
 from configs import download_command
 from errors import ResourceError, UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
-from models.lora import Lora, attach_loras, merge_loras, read_lora, switch_loras
+from models.lora import Lora, attach_loras, lora_changes, merge_loras, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
 from models.wan.attention import try_backend, usable_backends
 from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
 from models.wan.config import VARIANTS, WanConfig
+from models.wan.float8 import use_float8
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer, load_text_encoder
 from models.wan.transformer import WanTransformer
@@ -512,34 +513,49 @@ class Wan:
             free_cached(self.device)
 
     def _load_transformer(self, expert: int) -> WanTransformer:
-        transformer = self._read_transformer(expert, self.device if self.memory == "resident" else None)
-        # Before fp8 storage, which small changes would not survive, and before hooks move the weights.
+        transformer = self._read_transformer(expert, self.device if self.memory in ("resident", "model") else None)
+        # Before hooks move the weights. What is merged into float8 weights was merged as they were read.
         if loras := self._loras.get(expert):
+            if self._live_loras and self.settings.fp8:
+                loras = [(replace(lora, full={}), scale) for lora, scale in loras]
             if self._live_loras:
                 attach_loras(transformer, loras)
-            else:
+            elif not self.settings.fp8:
                 merge_loras(transformer, loras, self.device)
         self._place(transformer)
         return transformer
 
     def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
         if self.is_tiny:
-            return tiny.tiny_transformer(self.config, expert).set_compute_dtype(self.dtype)
+            transformer = tiny.tiny_transformer(self.config, expert).set_compute_dtype(self.dtype)
+            for name, change in self._changes(expert).items():
+                parameter = transformer.get_parameter(name)
+                parameter.data = change(parameter.data)
+            return use_float8(transformer) if self.settings.fp8 else transformer
         return load_transformer(
             self.transformer_path(expert),
             dtype=self.dtype,
             device=device,
             expect=self.transformer_config,
+            fp8=bool(self.settings.fp8),
+            changes=self._changes(expert),
             hint=self.hint(self.base),
         ).requires_grad_(False)
+
+    def _changes(self, expert: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What is merged as weights are read: into float8 alone, which small changes would not survive later."""
+        loras = self._loras.get(expert, []) if self.settings.fp8 else []
+        if self._live_loras:
+            loras = [(replace(lora, pairs={}), scale) for lora, scale in loras]
+        return lora_changes(loras, self.device)
 
     def _place(self, transformer: WanTransformer) -> None:
         """Prepare a transformer (or a branch beside it) to run as the settings say."""
         self._set_attention_backend(transformer)
         if self.processes.context_parallel:
             split_sequence(transformer, self.settings.ulysses_degree, self.settings.ring_degree, self.device)
-        if self.settings.fp8:
-            transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        if self.settings.fp8:  # layers beside a transformer that were read without
+            use_float8(transformer)
         if self.memory in ("group", "sequential"):
             offload_groups(transformer, self.device, self.memory, prefetch=isinstance(transformer, WanTransformer))
         elif self.memory == "resident":

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from errors import WeightsError
 from models.wan.config import WanConfig, detect_config, variant_name
+from models.wan.float8 import STORAGE, use_float8
 from models.wan.transformer import WanTransformer
 
 logger = logging.getLogger("selfsame")
@@ -326,11 +327,13 @@ def assign_tensors(
     keep_float32: Iterable[str] = (),
     source: str | Path = "",
     scales: Mapping[str, Tensor] | None = None,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> None:
     """Replace every parameter and persistent buffer of `module` by the tensor of its name; all or error.
 
-    A tensor that needs neither a cast nor a move stays mapped from disk. Tied parameters stay tied, and one name
-    of them is enough. The module is usually on the meta device; buffers that are not saved must already be real.
+    A tensor that needs neither a cast nor a move stays mapped from disk; but where most of a file is cast, the rest is
+    copied, so that nothing holds the file. Tied parameters stay tied, and one name of them is enough. The module is
+    usually on the meta device; buffers that are not saved must already be real.
 
     Args:
         tensors: name -> tensor, exactly the names of `module.state_dict()`.
@@ -338,7 +341,8 @@ def assign_tensors(
         device: None leaves them where they are (mapped, on the CPU).
         keep_float32: substrings of names that become float32 whatever `dtype` says.
         source: names the file in errors.
-        scales: name -> scale of an fp8 tensor; the value is `tensor * scale`.
+        scales: name -> scale of an fp8 tensor; the value is `tensor * scale`. A `Float8Linear` keeps both as they are.
+        changes: name -> what is made of the value, once it has its dtype and is on its device (a merged LoRA).
 
     Raises:
         WeightsError: missing, unexpected or misshapen tensors: one message with counts and first names.
@@ -369,18 +373,28 @@ def assign_tensors(
         place = f"{source}: " if source else ""
         raise WeightsError(f"{place}not the weights of {type(module).__name__}: " + "; ".join(problems))
 
-    keep_float32 = tuple(keep_float32)
+    keep_float32, scales, changes = tuple(keep_float32), scales or {}, changes or {}
+    mapped: list[Tensor] = []
     for names in names_of.values():
         name = next(name for name in names if name in tensors)
         kept = any(part in name for part in keep_float32)
-        scale = (scales or {}).get(name)
-        value = _place(tensors[name], torch.float32 if kept else dtype, device, scale)
-        target = targets[name]
+        target, change = targets[name], changes.get(name)
+        if target.dtype == STORAGE:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            value, owner.scale = _to_float8(tensors[name], dtype, device, scales.get(name), change)
+        else:
+            value = _place(tensors[name], torch.float32 if kept else dtype, device, scales.get(name))
+            value = change(value) if change is not None else value
         if isinstance(target, nn.Parameter):
             value = nn.Parameter(value, requires_grad=target.requires_grad)
+        if not value.is_meta and value.data_ptr() == tensors[name].data_ptr():
+            mapped.append(value)
         for alias in names:
             owner, _, attribute = alias.rpartition(".")
             setattr(module.get_submodule(owner), attribute, value)
+    if 2 * sum(value.nbytes for value in mapped) < sum(tensor.nbytes for tensor in tensors.values()):
+        for value in mapped:
+            value.data = value.data.clone()
     for name, buffer in module.named_buffers():
         assert not buffer.is_meta, f"buffer {name} is not saved in checkpoints: build it on a real device"
         if name not in targets and device is not None:
@@ -397,10 +411,36 @@ def _place(
         dtype = dtype or torch.bfloat16
     if scale is None:
         return tensor.to(device=device, dtype=dtype)
-    # a scale is one number, or one per output row
-    scale = scale.float().to(device)
-    scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)) if scale.numel() > 1 else scale.reshape(())
+    scale = _shape_scale(scale, tensor).to(device=device)
     return (tensor.to(device=device, dtype=torch.float32) * scale).to(dtype)
+
+
+def _to_float8(
+    tensor: Tensor,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    scale: Tensor | None,
+    change: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A weight and its scale as a `Float8Linear` holds them: the file's own where it has them, else cast, without one.
+
+    By way of the compute dtype, as if the model had been read first and cast then.
+    """
+    shaped = None if scale is None else _shape_scale(scale, tensor).to(device=device)
+    if tensor.dtype == STORAGE and change is None:
+        return tensor.to(device=device), shaped
+    value = _place(tensor, dtype, device, scale)
+    value = change(value) if change is not None else value
+    if shaped is not None:
+        largest = torch.finfo(STORAGE).max
+        value = (value.float() / shaped).clamp(-largest, largest)
+    return value.to(STORAGE), shaped
+
+
+def _shape_scale(scale: Tensor, tensor: Tensor) -> Tensor:
+    """One number, or one per output row, as it multiplies the tensor."""
+    scale = scale.float()
+    return scale.reshape(-1, *[1] * (tensor.ndim - 1)) if scale.numel() > 1 else scale.reshape(())
 
 
 # ------------------------------------------------------------------------------- names of a transformer
@@ -502,7 +542,7 @@ def split_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         else:
             weights[name] = tensor
     if dropped:
-        logger.info("fp8 weights are widened when loaded; left %s", _name_some(dropped))
+        logger.info("activations are not scaled to fp8; left %s", _name_some(dropped))
     if orphans := scales.keys() - weights.keys():
         raise WeightsError(f"scales without their weights: {_name_some(orphans)}")
     return weights, scales
@@ -518,6 +558,8 @@ def load_transformer(
     device: torch.device | str | None = None,
     num_heads: int | None = None,
     expect: WanConfig | None = None,
+    fp8: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     hint: str = "",
 ) -> WanTransformer:
     """Read a Wan transformer of any released layout and variant, told by its tensors.
@@ -528,6 +570,8 @@ def load_transformer(
         device: each tensor goes there as it is read; None leaves uncast tensors mapped from disk.
         num_heads: for head widths other than 128, where no config.json beside the file says it.
         expect: the variant that the caller can run.
+        fp8: store the blocks' linears in float8, cast, or kept with their scales, as they are read.
+        changes: as for `assign_tensors`.
         hint: what to do about missing files; ends the message.
 
     Raises:
@@ -538,7 +582,9 @@ def load_transformer(
     if (path / "model_index.json").is_file():
         path = path / "transformer"
     stored = read_tensors(path, hint=hint)
-    return transformer_from_tensors(stored, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect)
+    return transformer_from_tensors(
+        stored, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect, fp8=fp8, changes=changes
+    )
 
 
 def transformer_from_tensors(
@@ -549,6 +595,8 @@ def transformer_from_tensors(
     device: torch.device | str | None = None,
     num_heads: int | None = None,
     expect: WanConfig | None = None,
+    fp8: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> WanTransformer:
     """`load_transformer` for tensors that were read already; `path` is where from (messages, config.json)."""
     path = Path(path)
@@ -564,6 +612,8 @@ def transformer_from_tensors(
 
     with torch.device("meta"):
         transformer = WanTransformer(**config.as_dict())
+    if fp8:
+        use_float8(transformer)
     assign_tensors(
         transformer,
         tensors,
@@ -572,6 +622,7 @@ def transformer_from_tensors(
         keep_float32=WanTransformer._keep_in_fp32_modules,
         source=path,
         scales=scales,
+        changes=changes,
     )
     logger.info("loaded %s from %s", variant_name(config), path)
     return transformer.eval()
