@@ -304,7 +304,7 @@ def choose_mode(
     Args:
         needs: from `estimate_needs` or `needs_of_config`.
         free_device, free_host: bytes.
-        device: "cuda"; with "cpu" and "mps" there is one memory, and nothing to move: always resident.
+        device: "cuda"; of "cpu" (and "mps") there is one memory, and nothing to move: always resident.
         memory: "auto", or the one mode that is asked for.
         fp8, tiled: None where `auto` may decide.
 

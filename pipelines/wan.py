@@ -338,7 +338,12 @@ class Wan:
             fp8 = bool(fp8)  # not chosen: it cannot be compiled, and most of a merged LoRA would be rounded away
         free = free_bytes(self.device)
         placement = choose_mode(
-            needs, *free, device=self.device.type, memory=settings.memory, fp8=fp8, tiled=settings.tiled
+            needs,
+            *free,
+            device="cuda" if self.has_own_memory else "cpu",
+            memory=settings.memory,
+            fp8=fp8,
+            tiled=settings.tiled,
         )
         if settings.memory == "auto" and self.has_own_memory:
             logger.info("--memory auto: %s", placement.describe(*free))

@@ -480,7 +480,7 @@ def test_out_of_memory_goes_on_with_the_next_mode(tmp_path, reference, speech, m
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(WanTransformer, "forward", failing)
-    assert (make(tmp_path / "out.mp4", *SMALL, "--audio", speech) == reference).all()
+    assert (make(tmp_path / "out.mp4", *SMALL, "--audio", speech, "--memory", "model") == reference).all()
     assert "going on with group" in caplog.text
     assert len(calls) == 3 * 9 + 2, "finished windows were computed again"
 
