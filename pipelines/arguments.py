@@ -75,7 +75,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True)
     machine.add_argument("--noise_device", help="cpu (a seed means the same everywhere); cuda: as upstream draws it")
     machine.add_argument("--dtype", help="auto, bf16, fp16, fp32: of the transformer")
     machine.add_argument("--vae_dtype", help="auto (fp32), bf16, fp16, fp32")
-    machine.add_argument("--attention_backend", help="native, flash, _flash_3, sage, … of diffusers")
+    machine.add_argument(
+        "--attention_backend", help="auto (native; for SVI 2 flash), or of diffusers: native, flash, sage, …"
+    )
     machine.add_argument(
         "--memory", help="auto (the fastest that fits), or resident, model, group, sequential: faster to smaller"
     )

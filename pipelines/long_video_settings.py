@@ -58,6 +58,7 @@ class Variant:
     drops: which clip gives up the frames that two show, see `Chain`.
     driven_by: "audio" or "pose", beside the prompts.
     motion_frames_too: other numbers of handed-over frames that the LoRA works with.
+    flash_attention: its authors ask for it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Variant:
     end_image: bool = False
     driven_by: str | None = None
     motion_frames_too: tuple[int, ...] = ()
+    flash_attention: bool = False
 
     @classmethod
     @functools.cache
@@ -147,6 +149,10 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     @property
     def lora_releases(self) -> tuple[str, ...]:
         return (variant_config(self.variant)["name"], *super().lora_releases)
+
+    @property
+    def wants_flash(self) -> bool:
+        return self.svi.flash_attention
 
     @property
     def driven_by(self) -> str | None:

@@ -73,6 +73,7 @@ class Settings(LikenessSettings):
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
     families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
+    wants_flash: ClassVar[bool] = False  # whether the model's authors ask for flash attention
     # How to get from the tiny model to a real one.
     real_model: ClassVar[str] = "python download_models.py --wan_version 2.1, then add --wan_version 2.1"
 
@@ -120,7 +121,7 @@ class Settings(LikenessSettings):
     dtype: str = "auto"
     vae_dtype: str = "auto"
     noise_device: str = "cpu"  # "cuda": as Wan's, VACE's and StableAvatar's own code draws it
-    attention_backend: str = "native"
+    attention_backend: str = "auto"
     memory: str = "auto"
     fp8: bool | None = None  # None: where --memory auto finds no other way
     compile: bool = False

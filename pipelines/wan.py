@@ -18,7 +18,7 @@ from errors import ResourceError, UsageError, WeightsError
 from models.identity.stand_in import StandIn, load_stand_in
 from models.lora import Lora, attach_loras, lora_changes, merge_loras, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
-from models.wan.attention import try_backend, usable_backends
+from models.wan.attention import FLASH_PACKAGES, choose_flash, try_backend, usable_backends
 from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import use_float8
@@ -97,7 +97,7 @@ class Wan:
         # Of `auto` this is the guess until `check` decides; one memory has nothing to move.
         self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
         self.placement: Placement | None = None
-        self.attention_backend = settings.attention_backend
+        self.attention_backend = self.choose_attention_backend()
         self.is_tiny = bool(config.get("tiny")) and settings.base_path is None
         self._transformers: dict[int, WanTransformer] = {}
         self._beside: ModelMixin | None = None  # layers that are moved and freed with the transformer
@@ -379,6 +379,7 @@ class Wan:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "vae_dtype": str(self.vae_dtype).removeprefix("torch."),
+            "attention_backend": self.attention_backend,
         }
 
     # -------------------------------------------------------------------------------------------------- parts
@@ -629,13 +630,32 @@ class Wan:
         }[memory or self.memory]
         return values * self.dtype.itemsize
 
+    def choose_attention_backend(self) -> str:
+        """What `--attention_backend auto` means here: PyTorch's own choice, but for models whose authors ask for flash
+        attention, and for ring attention, which needs a kernel that tells its log-sum-exp.
+        """
+        settings, shape = self.settings, self.transformer_config
+        if settings.attention_backend != "auto":
+            return settings.attention_backend
+        if not settings.wants_flash and settings.ring_degree == 1:
+            return "native"
+        return choose_flash(self.device, self.dtype, shape.dim // shape.num_heads, self.processes.context_parallel)
+
     def check_attention_backend(self) -> None:
-        """Attend once by the chosen backend, before minutes go into loading.
+        """Attend once by the chosen backend, before minutes go into loading; and say so if that is not the one which
+        the model's authors ask for.
 
         Raises:
             UsageError: it does not run here.
         """
         name, shape = self.attention_backend, self.transformer_config
+        asked = self.settings.attention_backend
+        if self.settings.wants_flash and asked == "auto" and name not in FLASH_PACKAGES and not self.is_tiny:
+            logger.warning(
+                "flash_attn does not run here: attention runs on %s. SVI's authors say that without it the mouth shows "
+                "artefacts after 16 s; on an NVIDIA GPU: pip install flash-attn --no-build-isolation",
+                "PyTorch's own kernels" if name == "native" else "PyTorch's flash kernel",
+            )
         try:
             if name != "native" and not name.endswith("_hub"):
                 try_backend(name, self.device, self.dtype, shape.num_heads, shape.dim // shape.num_heads)

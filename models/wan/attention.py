@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
+    _AttentionBackendRegistry,
     _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
@@ -120,6 +121,24 @@ def usable_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
                 try_backend(backend.value, device, dtype)
                 usable.append(backend.value)
     return usable
+
+
+# By flash attention: its package for most GPUs, its package for Hopper, and PyTorch's own kernel after the first.
+FLASH_PACKAGES = ("flash", "_flash_3")
+FLASH_BACKENDS = (*FLASH_PACKAGES, "_native_flash")
+
+
+def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int, split: bool = False) -> str:
+    """The first flash backend that runs here, or "native", PyTorch's own choice, where none does.
+
+    split: it has to be able to split a video over processes.
+    """
+    for name in FLASH_BACKENDS if device.type == "cuda" else ():
+        if not split or _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(name)):
+            with contextlib.suppress(ValueError):
+                try_backend(name, device, dtype, head_dim=head_dim)
+                return name
+    return "native"
 
 
 class WanAttention(nn.Module, AttentionModuleMixin):
