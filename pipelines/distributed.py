@@ -145,6 +145,11 @@ def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
+def has_conv3d_defect() -> bool:
+    """Of some shapes these cuDNN compute a wrong conv3d, the VAE's layer, without a word (pytorch issue 163539)."""
+    return 90800 <= (torch.backends.cudnn.version() or 0) < 91100
+
+
 def choose_device(name: str, flag: str = "--device") -> torch.device:
     """ "auto": CUDA, else MPS, else the CPU.
 
@@ -162,7 +167,6 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
             f"{flag} {name}: not available here ({reason}); "
             + ("accepted are auto, cpu, cuda, cuda:N, mps" if flag == "--device" else "leave it out")
         ) from error
-    # Of some shapes these compute a wrong conv3d, the VAE's layer, without a word (pytorch issue 163539).
-    if device.type == "cuda" and 90800 <= (torch.backends.cudnn.version() or 0) < 91100:
+    if device.type == "cuda" and has_conv3d_defect():
         logger.warning("cuDNN 9.8 to 9.10 may decode wrong pixels; install what requirements.txt names")
     return device
