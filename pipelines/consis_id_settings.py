@@ -51,7 +51,7 @@ class ConsisIDSettings(LikenessSettings):
     # where and on what
     output: str | None = None  # None: outputs/output.mp4, or the next free number
     overwrite: bool = False
-    quality: int = 9
+    quality: float = 9
     tiled: bool = False
     device: str = "auto"
     dtype: str = "auto"

@@ -9,13 +9,12 @@ import logging
 import math
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 import psutil
 
 from errors import InputError, ResourceError, UsageError
-from pipelines.settings import Settings, resolve_settings
+from pipelines.settings import Settings, check_pictures, check_values, is_record, resolve_settings
 from pipelines.video_file import readable_bytes
 from preprocess.image import read_image
 from preprocess.video import VideoInfo, probe, read_frames
@@ -24,6 +23,7 @@ logger = logging.getLogger("selfsame")
 
 GRID = 16  # pixels of a token's side
 BESIDE_IDENTITY = 0.8  # the default of --vace_scale where there are photos, as in Stand-In's infer_with_vace.py
+WINDOWS = ("window_frames", "window_overlap")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -63,18 +63,15 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         )
     if settings.vace_scale is None:
         settings = dataclasses.replace(settings, vace_scale=BESIDE_IDENTITY if settings.stand_in_photos else 1.0)
-    if not 0 <= settings.vace_scale <= 10:
-        raise UsageError(f"--vace_scale {settings.vace_scale:g}: accepted are 0 to 10")
-    for name in ("window_frames", "window_overlap"):
-        if getattr(settings, name) % 4 != 1 or getattr(settings, name) < 1:
+    check_values(settings, {"vace_scale": (0, 10), **dict.fromkeys(WINDOWS, (1, 4093))}, {})
+    for name in WINDOWS:
+        if getattr(settings, name) % 4 != 1:
             raise UsageError(f"--{name} {getattr(settings, name)}: accepted are 1, 5, 9, … (4n+1)")
     if settings.window_overlap >= settings.window_frames:
         raise UsageError(
             f"--window_overlap {settings.window_overlap} must be smaller than --window_frames {settings.window_frames}"
         )
-    for picture in settings.reference_image:
-        if "://" not in picture and not Path(picture).is_file():
-            raise InputError(f"--reference_image {picture}: no such file; give a picture's path or URL")
+    check_pictures(reference_image=settings.reference_image)
     if settings.reference_video is None:
         if settings.reference_mask is not None:
             raise UsageError("--reference_mask needs --reference_video: it says which of its pixels to keep")
@@ -85,7 +82,7 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
     if settings.reference_mask is not None:
         check_mask_size(settings.reference_mask, info)
     # An earlier run's record holds what its video had, as if given.
-    earlier = str(args.config).endswith(".json")
+    earlier = is_record(args.config)
     given = {n for n in ("height", "width", "num_frames", "fps") if earlier or getattr(args, n) is not None}
     settings = follow_control(settings, info, given)
     check_fits_memory(settings, info)

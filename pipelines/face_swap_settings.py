@@ -11,7 +11,7 @@ import numpy
 
 from configs import load_config
 from errors import ResourceError, UsageError
-from models.wan.config import VARIANTS, WanConfig
+from pipelines.networks import shape_of
 from pipelines.settings import PROJECT, Settings, resolve_settings
 from pipelines.video_file import readable_bytes, write_video
 from preprocess.video import VideoInfo, probe
@@ -64,8 +64,7 @@ def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInf
         path = str(make_demo_clip(DEMO_CLIP))
     info = probe(path)
     check_fits_memory(info, path)
-    shape = VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
-    multiple = 2 * shape.vae_spatial_factor
+    multiple = 2 * shape_of(config).vae_spatial_factor
     height, width = (math.ceil(side / multiple) * multiple for side in (info.height, info.width))
     if max(height, width) > LARGEST_SIDE:
         raise UsageError(f"--input_video {path}: {info.width}x{info.height}, at most {LARGEST_SIDE} a side; scale it")

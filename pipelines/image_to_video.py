@@ -17,8 +17,9 @@ from pipelines.distributed import Processes
 from pipelines.first_frame import first_frame_files, make_first_frame
 from pipelines.image_to_video_settings import ImageToVideoSettings
 from pipelines.jobs import Job
+from pipelines.networks import shape_of
 from pipelines.progress_bars import ShownVAE
-from pipelines.settings import check_split, family_of, shape_of
+from pipelines.settings import check_split, family_of
 from pipelines.text_to_video import VideoMaker
 from pipelines.wan import Wan
 from preprocess.image import read_image

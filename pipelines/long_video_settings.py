@@ -26,7 +26,7 @@ from pipelines.clip_plan import (
 from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
-from pipelines.settings import PROJECT, resolve_settings
+from pipelines.settings import PROJECT, check_values, is_record, resolve_settings
 from pipelines.upstream import check_conditioning, read_svi_command, variant_like
 from pipelines.video_file import read_metadata, safe_name
 from preprocess.audio import AudioTimeline, read_audio
@@ -42,6 +42,15 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 TRAINED_FRAMES = 81  # of a clip
 GRID = 16  # pixels of a token's side
 MOST_CLIPS = 10_000
+BOUNDS = {
+    "num_clips": (1, MOST_CLIPS),
+    "prompt_repeat_times": (1, MOST_CLIPS),
+    "seed_multiplier": (1, 2**31),
+    "max_width": (GRID, 16384),
+    "boundary": (0, 1),
+    "audio_guidance_scale": (0, 100),
+    "video_frames": (1, 4093 * MOST_CLIPS),
+}
 EXPERT_SUFFIXES = ("_high", "_low")
 DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
 OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
@@ -195,7 +204,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         WeightsError: a LoRA that is not there.
     """
     args = Namespace(**vars(args))  # they are completed below, and may be used again
-    resumed = str(args.config or "").endswith(".json")
+    resumed = is_record(args.config)
     read_svi_command(args)
     if not resumed:
         choose_config(args)
@@ -258,18 +267,7 @@ def choose_config(args: Namespace) -> None:
 
 def check_long_video(settings: LongVideoSettings, config: dict) -> None:
     variant, released = settings.svi, variant_config(settings.variant)
-    for name, low, high in (
-        ("num_clips", 1, MOST_CLIPS),
-        ("prompt_repeat_times", 1, MOST_CLIPS),
-        ("seed_multiplier", 1, 2**31),
-        ("max_width", GRID, 16384),
-        ("boundary", 0, 1),
-    ):
-        value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name} {value:g}: accepted are {low} to {high}")
-    if settings.prompt_repeat not in PROMPT_REPEATS:
-        raise UsageError(f"--prompt_repeat {settings.prompt_repeat}: accepted are {', '.join(PROMPT_REPEATS)}")
+    check_values(settings, BOUNDS, {"prompt_repeat": PROMPT_REPEATS})
     if bool(config.get("experts")) != bool(released.get("experts")):
         raise UsageError(
             f"--config {config['name']} with --variant {variant.name}: that is for "
@@ -326,8 +324,6 @@ def check_driver(settings: LongVideoSettings, variant: Variant, defaults: dict) 
                 f"--fps {settings.fps:g} with --variant {variant.name}: its audio layers were trained at "
                 f"{defaults['fps']}; leave it out"
             )
-        if not 0 <= settings.audio_guidance_scale <= 100:
-            raise UsageError(f"--audio_guidance_scale {settings.audio_guidance_scale:g}: accepted are 0 to 100")
         if settings.extend is not None:
             raise UsageError(f"--extend with --variant {variant.name}: no sound can go on from a video's; leave it out")
 

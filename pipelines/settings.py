@@ -3,10 +3,13 @@
 Every value has one home: what depends on the model is in configs/, the rest is a default of `Settings`.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +17,14 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from configs import load_config
-from errors import InputError, UsageError, WeightsError
-from models.wan.config import VARIANTS, WanConfig
+from configs.values import describe, is_possible_text, nearest, short, typed
+from errors import InputError, UsageError, UserError, WeightsError
+from models.wan.config import WanConfig
 from models.wan.tea_cache import COEFFICIENTS, coefficients_of
+from pipelines.networks import check_networks, shape_of
 from pipelines.record import OF_ONE_RUN
 from pipelines.weights import find_gguf
-from preprocess.prompts import read_prompts
+from preprocess.prompts import check_prompt, read_prompts
 
 logger = logging.getLogger("selfsame")
 
@@ -46,6 +51,8 @@ BOUNDS = {
     "shift": (0.01, 100),
     "guidance_scale": (0, 100),
     "seed": (0, 2**63 - 1),
+    "first_frame_seed": (0, 2**63 - 1),
+    "face_index": (0, 10_000),
     "step_cache_threshold": (0, 10),
     "identity_strength": (0, 10),
     "identity_start": (0, 1),
@@ -58,6 +65,25 @@ BOUNDS = {
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
+RECORDS = (".json", ".mp4", ".png")  # where an earlier run's record is: beside what it made, and in it
+LARGEST_RECORD = 2**26  # bytes
+# A setting that a script alone has -> the script: whose record it is.
+WHOSE = {
+    "num_clips": "infer_long_video.py",
+    "sample_audio_guide_scale": "infer_audio_avatar.py",
+    "denoising_strength": "infer_face_swap.py",
+    "vace_scale": "infer_with_vace.py",
+    "lora_scale": "infer_with_lora.py",  # after the long video and the avatar, which take LoRAs too
+    **dict.fromkeys(("image", "first_frame", "ip_adapter_scale", "face_encoder_path"), "infer.py"),
+}
+# What makes the tiny model one of files, and the files that it then reads too.
+BASES = ("base_path", "transformer_path", "vace_path")
+OF_A_BASE = (
+    *("vae_path", "text_encoder_path", "tokenizer_path", "image_encoder_path", "stand_in_path"),
+    "pretrained_wav2vec_path",
+)
+TEXTS = ("prompt", "negative_prompt", "first_frame_prompt", "prompt_prefix")
+MAY_BE_EMPTY = ("ip_image",)  # beside the lists that are empty by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +140,7 @@ class Settings(LikenessSettings):
     # where and on what
     output: str | None = None  # None: outputs/output.mp4, or the next free number
     overwrite: bool = False
-    quality: int = 9
+    quality: float = 9
     preview: bool = False
     tiled: bool | None = None  # None: where --memory auto finds no other way
     device: str = "auto"
@@ -173,7 +199,8 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
     wan_version = given.pop("wan_version", None)
     if wan_version not in (None, *WAN_VERSIONS):
         raise UsageError(f"--wan_version {wan_version}: accepted are {', '.join(WAN_VERSIONS)}")
-    earlier = read_run_json(given["config"], kind) if str(given.get("config", "")).endswith(".json") else {}
+    record = given["config"] if is_record(given.get("config")) else None
+    earlier = read_run_json(record, kind) if record else {}
     method = given.pop("method", None)
     config_name = earlier.pop("config", None) or given.get("config") or METHODS.get(method)
     config_name = config_name or _default_config(given, wan_version)
@@ -186,6 +213,8 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
         raise UsageError(f"--config {config_name}: a part of other models, none that makes something by itself")
     if "method" in config and "method" not in vars(args):
         raise UsageError(f"--config {config_name}: not a Wan model; run it by: python infer.py --config {config_name}")
+    if "method" not in config:
+        check_networks(config)
 
     fields = {field.name for field in dataclasses.fields(kind)}
     if "method" in vars(args) and (strange := [name for name in given if name not in fields]):
@@ -199,18 +228,43 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
         values["guidance_scale"] = (guidance["high"], guidance["low"])
     values |= {key: value for key, value in given.items() if key in fields}
     values["config"] = config_name
-    for field in dataclasses.fields(kind):
-        if "tuple" in str(field.type) and (value := values.get(field.name)) is not None:
-            values[field.name] = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not has_identity(config):
         values.setdefault("ip_image", ())
     required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     missing = [f"--{name}" for name in required if name not in values]
     if missing:
         raise UsageError(f"config {config_name} leaves open: {', '.join(missing)}; give them")
+    values = check_types({name: value for name, value in values.items() if name in fields}, kind, "--")
+    for name in TEXTS:
+        for text in values[name] if isinstance(values.get(name), tuple) else (values.get(name),):
+            if text is not None and (name, name in given) != ("prompt", True):  # those of --prompt are checked by now
+                check_prompt(text, f"--{name}", may_be_empty=name != "prompt")
     settings = kind(**values)
     check_formats(settings)
     return settings, config
+
+
+def check_types(values: Mapping[str, object], kind: type, where: str, error: type[UserError] = UsageError) -> dict:
+    """Values for the fields of a dataclass of settings, held against its annotations; lists become tuples.
+
+    Args:
+        where: what stands before the name of a field in messages.
+        error: what is raised.
+
+    Raises:
+        UserError: of that kind: a value of another type, or an empty list where something is needed.
+    """
+    checked = {}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        field = fields[name]
+        try:
+            checked[name] = typed(value, field.type)
+        except TypeError:
+            raise error(f"{where}{name} is {short(value)}, expected {describe(field.type)}") from None
+        if checked[name] == () and field.default != () and name not in MAY_BE_EMPTY:
+            raise error(f"{where}{name} is an empty list; give one value at least, or leave it out")
+    return checked
 
 
 def method_of(args: Namespace) -> str:
@@ -224,9 +278,10 @@ def method_of(args: Namespace) -> str:
         raise UsageError(f"--method {args.method}: accepted are {', '.join(METHODS)}")
     if args.config is None:
         return args.method or "standin"
-    is_json = args.config.endswith(".json")
-    config_name = read_run_settings(args.config).get("config") if is_json else args.config
+    config_name = read_run_settings(args.config).get("config") if is_record(args.config) else args.config
     method = load_config(config_name).get("method", "standin")
+    if method not in METHODS:
+        raise UsageError(f"--config {args.config}: method is {method[:60]!r}, known are {', '.join(METHODS)}")
     if args.method not in (None, method):
         raise UsageError(f"--method {args.method} and --config {args.config} ({method}) contradict each other")
     return method
@@ -244,11 +299,6 @@ def family_of(config: dict) -> str:
     return "ti2v" if shape.vae_spatial_factor == 16 else "t2v"
 
 
-def shape_of(config: dict) -> WanConfig:
-    """The transformer of a config."""
-    return VARIANTS[config["variant"]] if "variant" in config else WanConfig(**config["transformer"])
-
-
 def has_identity(config: dict) -> bool:
     """Whether the config comes with Stand-In weights; there are none for models that start from a picture."""
     is_there = "stand_in" in config or "stand_in" in config.get("files", {})
@@ -261,29 +311,64 @@ def _default_config(given: dict, wan_version: str | None) -> str:
     return "stand-in-wan2.1" if "base_path" in given or "stand_in_path" in given else "tiny"
 
 
+def is_record(config: str | None) -> bool:
+    """Whether a --config is an earlier run's record: the JSON that it wrote, or the video or picture that holds it."""
+    return config is not None and Path(config).suffix.lower() in RECORDS
+
+
 def read_run_json(path: str, kind: type[Settings] = Settings) -> dict:
-    """The settings that `kind` knows in the JSON that an earlier run wrote beside its output."""
+    """The settings in an earlier run's record, as `kind` has them.
+
+    Raises:
+        UsageError: there is no such file.
+        InputError: it is no record, one of another script, or one with values that this script never writes.
+    """
     settings = read_run_settings(path)
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(settings) - known):
-        raise InputError(f"--config {path}: unknown settings {', '.join(unknown)}")
-    return {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
+        if script := next((script for name, script in WHOSE.items() if name in unknown), None):
+            raise InputError(f"--config {path}: made by {script}; run: python {script} --config {path}")
+        hint = nearest(unknown[0][:60], known)
+        names = ", ".join(name[:60] for name in unknown[:5]) + (f" and {len(unknown) - 5} more" * (len(unknown) > 5))
+        raise InputError(f"--config {path}: unknown settings {names}{hint}")
+    settings = {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
+    return check_types(settings, kind, f"--config {path}: ", InputError)
 
 
 def read_run_settings(path: str) -> dict:
-    """All settings in the JSON of an earlier run.
+    """All settings in the record of an earlier run, their types not checked, but for that of `config`.
 
     Raises:
-        UsageError, InputError: there is no such file, or it is another JSON.
+        UsageError, InputError: there is no such file, or it is no record.
     """
+    from pipelines.picture_file import read_picture_metadata
+    from pipelines.video_file import read_metadata, sidecar_path
+
+    if not os.path.isfile(path):
+        raise UsageError(f"--config {path}: no such file")
+    suffix = Path(path).suffix.lower()
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
+        if suffix in (".mp4", ".png"):
+            record = read_metadata(path) if suffix == ".mp4" else read_picture_metadata(Path(path))
+            beside = str(sidecar_path(Path(path)))  # names the folders of files, which the record inside leaves out
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                if (full := json.loads(Path(beside).read_text(encoding="utf-8")))["content"] == record["content"]:
+                    record = full
+        elif os.path.getsize(path) > LARGEST_RECORD:
+            raise ValueError(f"larger than {LARGEST_RECORD >> 20} MiB")
+        else:
+            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        settings = record.get("settings") if isinstance(record, dict) else None
         if not isinstance(settings, dict):
-            raise ValueError("its settings are no object")
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--config {path}: not the JSON of an earlier run ({error})") from error
+            raise ValueError("it holds no settings")
+        if not (isinstance(config := settings.get("config"), str) and is_possible_text(config) and config):
+            raise ValueError(f"its config is {short(config)}, expected a name")
+        if is_record(config):
+            raise ValueError(f"its config is {short(config)}, a record again")
+    except RecursionError:
+        raise InputError(f"--config {path}: not the record of an earlier run (nested too deeply)") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: not the record of an earlier run ({error})") from error
     return settings
 
 
@@ -296,12 +381,12 @@ def check_values(settings: object, bounds: Mapping[str, tuple], choices: Mapping
     for name, (low, high) in bounds.items():
         value = getattr(settings, name, None)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
-            if not (isinstance(number, int | float) and math.isfinite(number) and low <= number <= high):
-                raise UsageError(f"--{name} {number}: accepted are {low:g} to {high:g}")
+            if not (isinstance(number, int | float) and low <= number <= high):  # as NaN is not, nor infinity
+                raise UsageError(f"--{name} {short(number)}: accepted are {low:g} to {high:g}")
     for name, accepted in choices.items():
         value = getattr(settings, name, accepted[0])
         if value not in accepted:
-            raise UsageError(f"--{name} {value}: accepted are {', '.join(accepted)}")
+            raise UsageError(f"--{name} {value[:60]}: accepted are {', '.join(accepted)}{nearest(value, accepted)}")
 
 
 def check_likeness(settings: LikenessSettings) -> None:
@@ -352,8 +437,8 @@ def check_pictures(**pictures: Sequence[str]) -> None:
     """
     for name, paths in pictures.items():
         for path in paths:
-            if "://" not in path and not Path(path).is_file():
-                raise InputError(f"--{name} {path}: no such file; give a picture's path or URL")
+            if "://" not in path and not os.path.isfile(path):
+                raise InputError(f"--{name} {path[:300]}: no such file; give a picture's path or URL")
 
 
 def check_settings(settings: Settings, config: dict) -> Settings:
@@ -362,6 +447,15 @@ def check_settings(settings: Settings, config: dict) -> Settings:
     check_likeness(settings)
     if settings.min_face_score is not None and not settings.score_photos:
         raise UsageError(f"--min_face_score {settings.min_face_score:g}: there is no photo to compare with; give one")
+    if settings.timesteps is not None and any(b >= a for a, b in itertools.pairwise(settings.timesteps)):
+        numbers = " ".join(f"{timestep:g}" for timestep in settings.timesteps[:10])
+        raise UsageError(f"--timesteps {numbers}: they have to fall, from noise (1000) to the video; 1000 750 500 250")
+    reads = not config.get("tiny") or any(getattr(settings, name, None) for name in BASES)
+    if unread := [name for name in OF_A_BASE if getattr(settings, name, None) is not None and not reads]:
+        raise UsageError(
+            f"--{unread[0]} {getattr(settings, unread[0])[:200]}: {config['name']} is made from a seed and reads no "
+            "files; leave it out, or choose a model (--config, --wan_version, or --base_path)"
+        )
     if settings.identity_start > settings.identity_end:
         raise UsageError(
             f"--identity_start {settings.identity_start:g} comes after --identity_end {settings.identity_end:g}"

@@ -37,10 +37,9 @@ def ffmpeg_url(path: str | os.PathLike) -> str:
 
 
 def readable_file(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give a media file")
-    return path
+    if not os.path.isfile(path):
+        raise InputError(f"{str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}; give a media file")
+    return Path(path)
 
 
 def reasons(stderr: bytes, otherwise: str) -> list[str]:

@@ -55,13 +55,16 @@ def read_prompts(values: list[str]) -> list[str]:
     return prompts
 
 
-def check_prompt(prompt: str) -> str:
+def check_prompt(prompt: str, argument: str = "--prompt", *, may_be_empty: bool = False) -> str:
+    """The prompt, if it is valid Unicode; a message if it is empty and may not be."""
     try:
         prompt.encode()
     except UnicodeEncodeError:  # Python's stand-ins for argument bytes that the terminal's encoding could not explain
-        raise UsageError(f"--prompt {ascii(prompt[:60])} is not valid UTF-8; set a UTF-8 locale or use @FILE") from None
-    if not prompt.strip():
-        logger.warning("a --prompt is empty: the text will not steer this video")
+        raise UsageError(
+            f"{argument} {ascii(prompt[:60])} is not valid UTF-8; set a UTF-8 locale or use @FILE"
+        ) from None
+    if not prompt.strip() and not may_be_empty:
+        logger.warning("a %s is empty: the text will not steer this video", argument)
     return prompt
 
 
