@@ -15,7 +15,7 @@ from models.wan.checkpoint import load_transformer
 from models.wan.config import WanConfig
 
 SHARD_BYTES = 10 * GIB  # of the released shards
-DISK = 5e8  # bytes/s, from below, of writing, and of reading twice
+DISK = 5e8  # bytes/s, from below, of writing, and of reading three times
 
 
 def measure(bench: Bench) -> None:
@@ -27,7 +27,7 @@ def measure(bench: Bench) -> None:
         size = dtype.itemsize * num_parameters(config)
         bench.free()
         # Files of 14B are of least worth here: they may take half of the time that is left.
-        needed = 3 * size / DISK * (2 if name == "14B" else 1)
+        needed = 4 * size / DISK * (2 if name == "14B" else 1)
         bench.attempt(
             f"{name}, {str(dtype).removeprefix('torch.')} files",
             functools.partial(_row, bench, config, dtype, size),
@@ -44,14 +44,19 @@ def _row(bench: Bench, config: WanConfig, dtype: torch.dtype, size: int) -> Row:
         bench.free()
         bench.forget_peak()
 
-        def load() -> None:
-            load_transformer(folder, dtype=torch.bfloat16, device=bench.device, expect=config)
+        def load(fp8: bool = False) -> None:
+            load_transformer(folder, dtype=torch.bfloat16, device=bench.device, expect=config, fp8=fp8)
 
         cold = bench.seconds(load)
         bench.free()
         warm = bench.seconds(load)
+        peak = bench.peak()
+        bench.free()
+        bench.forget_peak()
+        to_fp8 = bench.seconds(functools.partial(load, fp8=True))
+        peak |= {f"{name}, --fp8": value for name, value in bench.peak().items()}
     found = {"GB": size / 1e9, "seconds, first": cold, "GB/s": size / 1e9 / cold, "seconds, again": warm}
-    return found | bench.peak()
+    return found | {"seconds, --fp8": to_fp8} | peak
 
 
 def write_release(folder: Path, config: WanConfig, dtype: torch.dtype, device: torch.device) -> None:

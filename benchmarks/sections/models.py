@@ -11,6 +11,7 @@ from benchmarks.sections.bench import Bench, Sizes
 from models.identity.stand_in import StandIn
 from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import WanConfig
+from models.wan.float8 import use_float8
 from models.wan.transformer import Prompt, WanTransformer
 
 # diffusers' backends that need no download, and what is said of them in a table.
@@ -38,27 +39,24 @@ def fill_randomly(
     module: ModelMixin,
     device: torch.device,
     dtype: torch.dtype,
-    fp8: bool = False,
     keep_on: torch.device | str | None = None,
 ) -> ModelMixin:
     """Give a module on the meta device random weights that keep activations of order one, tensor by tensor.
 
-    fp8: weights that layerwise casting stores in fp8 are made so at once, else a model would first be there whole.
     keep_on: where each weight goes as it is made, if not where it is made: a CPU would take minutes to draw 14B.
     """
     generator = torch.Generator(device).manual_seed(0)
-    skipped = tuple(module._skip_layerwise_casting_patterns or ())
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
-        layer = module.get_submodule(owner)
         kept = any(part in name for part in module._keep_in_fp32_modules)
         value = torch.empty(parameter.shape, device=device, dtype=torch.float32 if kept else dtype)
         value.normal_(0.0, 0.02 if parameter.ndim == 1 else parameter[0].numel() ** -0.5, generator=generator)
         if "norm" in name and attribute == "weight":
             value += 1
-        if fp8 and isinstance(layer, nn.Linear) and not any(part in name for part in skipped):
-            value = value.to(torch.float8_e4m3fn)
-        setattr(layer, attribute, nn.Parameter(value.to(keep_on or device), requires_grad=False))
+        if parameter.dtype.itemsize == 1:  # room for float8
+            value = value.to(parameter.dtype)
+        value = nn.Parameter(value.to(keep_on or device), requires_grad=False)
+        setattr(module.get_submodule(owner), attribute, value)
     return module.eval()
 
 
@@ -71,10 +69,9 @@ def random_transformer(
 ) -> WanTransformer:
     with torch.device("meta"):
         transformer = WanTransformer(**config.as_dict())
-    fill_randomly(transformer, device, dtype, fp8, keep_on)
     if fp8:
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
-    return transformer
+        use_float8(transformer)
+    return fill_randomly(transformer, device, dtype, keep_on)
 
 
 def diffusers_twin(ours: WanTransformer) -> WanTransformer3DModel:

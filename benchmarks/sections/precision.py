@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.sections.bench import Bench, Row
 from benchmarks.sections.models import BACKENDS, Inputs, distance, num_tokens, random_transformer, unusable
+from models.wan.float8 import use_float8
 from models.wan.transformer import WanTransformer
 
 HEAD_DIM = 128
@@ -35,7 +36,7 @@ def measure(bench: Bench) -> None:
     def row(dtype: torch.dtype, backend: str, fp8: bool = False) -> Row:
         model = copy.deepcopy(reference).set_compute_dtype(dtype)
         if fp8:
-            model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+            use_float8(model)
         found = outputs(model, inputs, qkv, dtype, backend)
         if backend == "native" and not fp8:
             sdpa[dtype] = found
