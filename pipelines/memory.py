@@ -485,6 +485,9 @@ def offload_groups(module: nn.Module, device: torch.device, memory: str, prefetc
         if memory == "group"
         else {"offload_type": "leaf_level"}
     )
+    if streams:  # else diffusers pins copies of all weights, while the weights themselves are in RAM too
+        for parameter in module.parameters():
+            parameter.data = parameter.data.pin_memory()
     module.enable_group_offload(device, offload_device=torch.device("cpu"), use_stream=streams, **options)
 
 

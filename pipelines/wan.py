@@ -399,7 +399,7 @@ class Wan:
             with stage("encoding the prompts", "close other programs, or add swap"):
                 return self._encode_prompts(distinct, device)
         except ResourceError:
-            if device.type == "cpu":
+            if not (self.text_on_device and self.has_own_memory):
                 raise
         logger.warning("out of memory while encoding the prompts on %s; going on with the CPU", device)
         self._free()
