@@ -80,7 +80,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     wan.check()
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
-    scorer = load_scorer(settings, settings.score_photos)
+    scorer = load_scorer(settings, settings.score_photos, "--ip_image" if settings.ip_image else "--image")
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))

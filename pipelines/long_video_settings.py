@@ -484,8 +484,8 @@ def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideo
     if variant.driven_by is None:
         return settings
     if variant.driven_by == "audio":
-        samples = read_audio(settings.audio_path, argument="--audio_path")
-        length = AudioTimeline(len(samples), settings.fps).num_frames
+        read_speech.cache_clear()  # of a run before, in a notebook
+        length = AudioTimeline(len(read_speech(settings.audio_path)), settings.fps).num_frames
     else:
         poses = probe_argument("--pose_path", settings.pose_path)
         length = poses.num_frames
@@ -500,6 +500,12 @@ def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideo
         logger.warning("--num_clips %d: the poses last for %d; then they start over", num_clips, needed)
     video_frames = length if num_clips <= needed else None
     return dataclasses.replace(settings, num_clips=num_clips, video_frames=video_frames)
+
+
+@functools.lru_cache(maxsize=1)
+def read_speech(path: str) -> numpy.ndarray:
+    """The speech (N,) at 16 kHz. Kept, for the length of the video and then for what it says, until `cache_clear`."""
+    return read_audio(path, argument="--audio_path")
 
 
 def count_clips(settings: LongVideoSettings, config: dict) -> LongVideoSettings:

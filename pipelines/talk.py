@@ -21,9 +21,10 @@ from pipelines.audio_guidance import UNCONDITIONAL, branch_prompts, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert
 from pipelines.jobs import Job
 from pipelines.long_video import Existing, LongVideoMaker
+from pipelines.long_video_settings import read_speech
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
-from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness, read_audio
+from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness
 
 LAYERS, AUDIO_ENCODER = "multitalk", "chinese-wav2vec2-base"  # their configs
 
@@ -101,7 +102,8 @@ class TalkMaker(LongVideoMaker):
     def __init__(self, wan: TalkWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
         super().__init__(wan, text, picture, existing)
         self.audio_path = self.settings.audio_path
-        samples = read_audio(self.audio_path, argument="--audio_path")
+        samples = read_speech(self.audio_path)
+        read_speech.cache_clear()
         self.audio_hash = hashlib.sha256(samples.tobytes()).hexdigest()
         self.speech = wan.encode_speech(samples, AudioTimeline(len(samples), self.settings.fps).num_frames)
 

@@ -10,6 +10,7 @@ Phones rotate by EXIF tag, cut-outs carry alpha, scanners write 16 bits and prin
 
 import contextlib
 import errno
+import functools
 import io
 import logging
 import os
@@ -112,6 +113,7 @@ def write_png(path, picture, *, overwrite=False):
             partial.unlink()
 
 
+@functools.lru_cache(maxsize=8)  # a run looks at a photo more than once: it is the same each time, and fetched once
 def _download(url, name):
     """The bytes behind a URL, within `URL_TIMEOUT` and `URL_MAX_BYTES`."""
     import http.client

@@ -209,8 +209,10 @@ def test_bombs_of_the_formats_that_opencv_decodes(tmp_path):
 
 class Pictures(http.server.BaseHTTPRequestHandler):
     content: dict[str, bytes] = {}
+    asked: list[str] = []
 
     def do_GET(self):
+        self.asked.append(self.path)
         if self.path == "/slow.png":
             time.sleep(1)
         body = self.content.get(self.path)
@@ -228,6 +230,8 @@ def server(tmp_path, monkeypatch):
     png = save(tmp_path / "a.png", [[RED, BLUE]]).read_bytes()
     Pictures.content = {"/a.png": png, "/two%20words.png": png, "/slow.png": png, "/page.jpg": b"<html>hello</html>"}
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    image_module._download.cache_clear()  # a port may come back
+    Pictures.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -239,6 +243,17 @@ def server(tmp_path, monkeypatch):
 def test_url(server):
     np.testing.assert_array_equal(read_image(f"{server}/a.png"), [[RED, BLUE]])
     np.testing.assert_array_equal(read_image(f"{server}/two words.png"), [[RED, BLUE]])
+
+
+def test_url_is_fetched_once_and_a_failure_is_not_kept(server):
+    """A photo is looked at by the model and by the face score; an address may give another picture each time."""
+    for _ in range(3):
+        np.testing.assert_array_equal(read_image(f"{server}/a.png"), [[RED, BLUE]])
+    assert Pictures.asked == ["/a.png"]
+    with pytest.raises(InputError):
+        read_image(f"{server}/later.png")
+    Pictures.content["/later.png"] = Pictures.content["/a.png"]
+    assert read_image(f"{server}/later.png").shape == (1, 2, 3)
 
 
 def test_url_that_fails(server, monkeypatch):

@@ -20,6 +20,7 @@ from pipelines.long_video import LongVideoMaker
 from pipelines.long_video_settings import LongVideoSettings, resolve_long_video
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
 from pipelines.video_file import read_metadata, write_video
+from preprocess import audio
 from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
 from preprocess.video import probe, read_frames
 from tests.test_talk_dance import lora_tensors
@@ -100,6 +101,16 @@ def test_the_video_lasts_as_long_as_the_speech_and_has_its_sound(sound, talking)
     metadata = read_metadata(video)
     assert metadata["settings"]["guidance_scale"] == [2.0] and metadata["settings"]["audio_guidance_scale"] == 5.0
     assert [clip["start"] for clip in metadata["clips"]] == [0, 9, 17]
+
+
+def test_the_sound_is_decoded_once(sound, tmp_path, monkeypatch):
+    """Long sounds take their time."""
+    decoded, decode = [], audio.run_ffmpeg
+    monkeypatch.setattr(
+        audio, "run_ffmpeg", lambda *words, **options: decoded.append(words) or decode(*words, **options)
+    )
+    make(tmp_path / "talk.mp4", "--variant", "talk", "--audio_path", sound, "--num_clips", 1)
+    assert len(decoded) == 1
 
 
 def test_every_clip_hears_its_own_moment(sound, talking, tmp_path, monkeypatch):
