@@ -1,12 +1,12 @@
 """Download and verify released weights.
 
-    python download_models.py --list                          what there is, how large, what is here
+    python download_models.py                                 what there is, how large, what is here (--list)
     python download_models.py --wan_version 2.1               Wan2.1-T2V-14B, Stand-In, face detector and parser
     python download_models.py --wan_version 2.2               the same for Wan2.2-T2V-A14B
     python download_models.py --method instantid              InstantID with SDXL; or consisid; face models with both
     python download_models.py --vace                          Wan2.1 with VACE-14B, which holds the base too
     python download_models.py --only wan2.1-t2v-1.3B tiny.yaml
-    python download_models.py --only wan2.2-ti2v-5B --dry_run   sizes only
+    python download_models.py --only wan2.2-ti2v-5B --dry_run   sizes only; without a connection those of configs/
 
 Broken downloads go on where they stopped: run the same command again. Files that are here and whole are not fetched
 again. HF_ENDPOINT names a mirror, HF_TOKEN an account, HF_HUB_OFFLINE=1 only looks at what is here.
@@ -14,10 +14,13 @@ again. HF_ENDPOINT names a mirror, HF_TOKEN an account, HF_HUB_OFFLINE=1 only lo
 
 import argparse
 import logging
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from configs import file_patterns, known_configs, load_config
-from errors import UsageError, exit_codes
+from errors import ResourceError, UsageError, exit_codes
 
 logger = logging.getLogger("selfsame")
 
@@ -31,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--wan_version",
         choices=["2.1", "2.2"],
-        help="all that identity-preserving text-to-video needs; 2.1 if nothing else is asked for",
+        help="all that identity-preserving text-to-video needs (with --vace: 2.1)",
     )
     parser.add_argument("--method", choices=["instantid", "consisid"], help="all that infer.py --method needs")
     parser.add_argument("--vace", action="store_true", help="with VACE-14B as the base (Wan2.1 only)")
@@ -42,6 +45,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def free_bytes(root: Path) -> int:
+    """On the disk that holds, or will hold, this folder."""
+    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
 def wanted_configs(args: argparse.Namespace) -> list[dict]:
     """The configs the arguments ask for, each once, in the order of the download."""
     names = list(args.only)
@@ -49,7 +58,7 @@ def wanted_configs(args: argparse.Namespace) -> list[dict]:
         method = load_config(args.method)
         names += [method["base"]["name"]] if method["base"] else []
         names.append(method["name"])
-    version = args.wan_version or ("2.1" if args.vace or not names else None)
+    version = args.wan_version or ("2.1" if args.vace else None)
     if version:
         if args.vace and version != "2.1":
             raise UsageError(f"--vace: there is no VACE base for --wan_version {version}; use 2.1")
@@ -64,25 +73,55 @@ def wanted_configs(args: argparse.Namespace) -> list[dict]:
     return configs
 
 
+def state_of(config: dict, root: Path) -> str:
+    """By names alone: here, partly, or -."""
+    folder = root / config["dest"]
+    here = [any(folder.glob(pattern)) for pattern in file_patterns(config)]
+    return "here" if all(here) else "partly" if any(here) else "-"
+
+
 def print_list(root: Path) -> None:
-    print(f"{'name':<24}{'GiB':>7}  {'state':<9}{'folder':<44}description")
+    """What can be asked for, and how."""
+    lines = [f"{'name':<26}{'GiB':>7}  {'state':<9}{'folder':<44}description"]
     for config in map(load_config, known_configs()):
         if "dest" not in config:
             continue
-        folder = root / config["dest"]
-        here = [any(folder.glob(pattern)) for pattern in file_patterns(config)]
-        state = "here" if all(here) else "partly" if any(here) else "-"
-        print(f"{config['name']:<24}{config['approx_gib']:>7.1f}  {state:<9}{folder!s:<44}{config['description']}")
+        folder, state = root / config["dest"], state_of(config, root)
+        lines.append(
+            f"{config['name']:<26}{config['approx_gib']:>7.1f}  {state:<9}{folder!s:<44}{config['description']}"
+        )
+    lines.append("fetch with --only NAME …, or what belongs together with --wan_version, --method, --vace (--help)")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; python would say so once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def estimate(configs: list[dict], root: Path) -> None:
+    """A dry run without a connection: sizes from the configs, files by their names."""
+    missing = [config for config in configs if state_of(config, root) != "here"]
+    for config in missing:
+        logger.info("to fetch: %s, about %.2f GiB (%s)", root / config["dest"], config["approx_gib"], config["name"])
+    needed = sum(config["approx_gib"] for config in missing)
+    logger.info("the hub was not asked: sizes are estimates of configs/; about %.2f GiB to fetch", needed)
+    free = free_bytes(root) / 2**30
+    if needed > free:
+        raise ResourceError(f"{root}: needs about {needed:.1f} GiB, {free:.1f} GiB free; name another disk with --dest")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.list:
+    if args.list or not (args.only or args.method or args.wan_version or args.vace):
         return print_list(args.dest)
     configs = wanted_configs(args)
 
-    from models.downloads import check_disk, damage, download, list_files, only_download
+    from models.downloads import UnreachableError, check_disk, damage, download, list_files, only_download
 
-    files = [file for config in configs for file in list_files(config, args.dest)]
+    try:
+        files = [file for config in configs for file in list_files(config, args.dest)]
+    except UnreachableError:
+        if not args.dry_run:
+            raise
+        return estimate(configs, args.dest)
     logger.info("checking %d files (%.2f GiB) in %s", len(files), sum(f.size for f in files) / 2**30, args.dest)
     missing = []
     for file in files:
@@ -102,5 +141,5 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
+    with exit_codes("what is fetched is kept, and the same command goes on"):
         main(parse_args())

@@ -45,8 +45,13 @@ class ResourceError(UserError):
 
 
 @contextlib.contextmanager
-def exit_codes():
-    """Run a script's body; turn a `UserError` into one line on stderr and its exit code."""
+def exit_codes(advice: str = ""):
+    """Run a script's body; turn a `UserError` into one line on stderr and its exit code, and a scheduler's stop
+    (SIGTERM) into Ctrl-C, so that files are left in order.
+
+    advice: what to do after an interruption.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except UserError as error:
@@ -54,13 +59,12 @@ def exit_codes():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{advice and f'; {advice}'}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
 def run_script(main: Callable, parse_args: Callable) -> None:
-    """What every entry script does around its `main`: messages to stderr, a scheduler's stop as Ctrl-C, exit codes."""
+    """What every entry script does around its `main`: messages to stderr, exit codes."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with exit_codes():
+    with exit_codes("the same command goes on from what is saved"):
         main(parse_args())

@@ -31,6 +31,10 @@ TIMEOUT = 30  # seconds without a byte
 CHUNK = 2**20
 
 
+class UnreachableError(WeightsError):
+    """The hub cannot be asked: no connection, or none is wanted."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """One file to have: where from, where to, and how to know that it is whole."""
@@ -54,7 +58,8 @@ def list_files(config: dict, root: Path) -> list[RemoteFile]:
     Offline, local files are taken as they are if every pattern of the config finds one; the list is empty then.
 
     Raises:
-        WeightsError: no such repository or file, no access, no connection, or files missing while offline.
+        UnreachableError: no connection, or files missing while offline.
+        WeightsError: no such repository or file, or no access.
     """
     folder, command = root / config["dest"], download_command(config, root)
     if "url" in config:
@@ -70,7 +75,9 @@ def list_files(config: dict, root: Path) -> list[RemoteFile]:
         info = HfApi().model_info(repo, files_metadata=True, timeout=TIMEOUT)
     except OfflineModeIsEnabled as error:
         if absent := [pattern for pattern in file_patterns(config) if not any(folder.glob(pattern))]:
-            raise WeightsError(f"{folder}: {', '.join(absent)} missing and HF_HUB_OFFLINE is set; {command}") from error
+            raise UnreachableError(
+                f"{folder}: {', '.join(absent)} missing and HF_HUB_OFFLINE is set; unset it, then {command}"
+            ) from error
         logger.warning("%s: offline; files are there, not verified", config["name"])
         return []
     except GatedRepoError as error:
@@ -79,7 +86,7 @@ def list_files(config: dict, root: Path) -> list[RemoteFile]:
         raise WeightsError(f"{repo}: no such repository, or HF_TOKEN has no access to it") from error
     except (HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightsError(
+        raise UnreachableError(
             f"{repo}: cannot reach the hub ({reason}); check the connection or set HF_ENDPOINT to a mirror, "
             f"then {command}"
         ) from error

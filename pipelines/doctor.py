@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from configs import file_patterns, known_configs, load_config
-from errors import UserError, WeightsError, run_script
+from errors import UserError, WeightsError, exit_codes
 from models.wan.attention import usable_backends
 from models.wan.checkpoint import SUFFIXES, read_tensors, weight_files
 from pipelines.distributed import choose_device, has_conv3d_defect
@@ -224,4 +224,6 @@ def as_text(report: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    with exit_codes():
+        main(parse_args())

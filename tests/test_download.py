@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import filelock
 import pytest
 
+import download_models
+from configs import load_config
 from errors import ResourceError, WeightsError
 from models import downloads
 from models.downloads import RemoteFile, check_disk, damage, download
@@ -63,6 +65,10 @@ class Hub(BaseHTTPRequestHandler):
         if self.server.breaks:  # lose the connection half way, as often as asked
             self.server.breaks -= 1
             end = start + (end - start) // 2
+        if self.server.stalls and len(content) > 2**20:
+            self.wfile.write(content[: 2**21])
+            time.sleep(30)
+            return None
         self.wfile.write(content[start:end])
         return None
 
@@ -89,7 +95,7 @@ def model_info(files):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.served, server.seen = dict(FILES), dict(FILES), []
-    server.breaks, server.overloads = 0, 0
+    server.breaks, server.overloads, server.stalls = 0, 0, False
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -150,7 +156,7 @@ def test_download_verify_and_run_again(hub, config, tmp_path):
     (dest / "model" / "config.json").unlink()
     result = run(hub.url, "--only", config, "--dest", dest, offline=True)
     assert result.returncode == 4
-    assert "config.json missing and HF_HUB_OFFLINE is set" in last_line(result)
+    assert "config.json missing and HF_HUB_OFFLINE is set; unset it, then run: " in last_line(result)
     assert f"run: python download_models.py --only {config} --dest {dest}" in last_line(result)
 
 
@@ -252,7 +258,7 @@ def wanted(*arguments):
 
 def test_wan_version_brings_all_parts():
     extras = ["antelopev2", "face-parsing"]
-    assert wanted() == wanted("--wan_version", "2.1") == ["wan2.1-t2v-14B", "stand-in-wan2.1", *extras]
+    assert wanted("--wan_version", "2.1") == ["wan2.1-t2v-14B", "stand-in-wan2.1", *extras]
     assert wanted("--wan_version", "2.2") == ["wan2.2-t2v-A14B", "stand-in-wan2.2", *extras]
     assert wanted("--vace") == ["wan2.1-vace-14B", "stand-in-wan2.1", *extras]
     assert wanted("--only", "antelopev2") == ["antelopev2"]
@@ -266,6 +272,62 @@ def test_method_brings_all_parts():
     faces = ["antelopev2", "face-parsing"]
     assert wanted("--method", "consisid") == ["consisid", *faces]
     assert wanted("--only", "consisid-1.5") == ["consisid-1.5", *faces]
+
+
+def test_without_arguments_the_list_is_printed_and_nothing_fetched(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(downloads, "list_files", None)
+    download_models.main(download_models.parse_args(["--dest", str(tmp_path)]))
+    printed = capsys.readouterr().out
+    download_models.main(download_models.parse_args(["--dest", str(tmp_path), "--list"]))
+    assert capsys.readouterr().out == printed
+    assert "wan2.1-t2v-14B" in printed and "--only NAME" in printed
+
+
+def test_a_list_into_head_ends_in_order():
+    listing = subprocess.Popen(
+        [sys.executable, "download_models.py", "--list"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()  # before it writes: a pipe that nobody reads
+    assert listing.stderr.read() == b""
+    assert listing.wait(timeout=60) == 0
+
+
+def test_dry_run_without_a_connection_takes_the_sizes_of_configs(tmp_path, monkeypatch, caplog):
+    def unreachable(config, root):
+        raise downloads.UnreachableError("no route")
+
+    monkeypatch.setattr(downloads, "list_files", unreachable)
+    flags = ["--only", "wan2.1-t2v-1.3B", "antelopev2", "--dest", str(tmp_path)]
+    with caplog.at_level("INFO", logger="selfsame"):
+        download_models.main(download_models.parse_args([*flags, "--dry_run"]))
+    total = sum(load_config(name)["approx_gib"] for name in ("wan2.1-t2v-1.3B", "antelopev2"))
+    assert f"the hub was not asked: sizes are estimates of configs/; about {total:.2f} GiB to fetch" in caplog.text
+    with pytest.raises(WeightsError, match="no route"):
+        download_models.main(download_models.parse_args(flags))
+    monkeypatch.setattr(download_models, "free_bytes", lambda root: 2**30)
+    with pytest.raises(ResourceError, match=r"needs about .* GiB, 1.0 GiB free"):
+        download_models.main(download_models.parse_args([*flags, "--dry_run"]))
+
+
+def test_a_schedulers_stop_keeps_what_is_fetched(hub, config, tmp_path):
+    """SIGTERM ends as Ctrl-C does: exit 130, a word on how to go on, and the same command goes on."""
+    hub.stalls = True
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "download_models.py", "--only", str(config), "--dest", str(tmp_path / "weights")]
+    fetching = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "weights" / "model" / "diffusion_pytorch_model.safetensors.part"
+    deadline = time.monotonic() + 60
+    while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    fetching.terminate()
+    said = fetching.communicate(timeout=60)[1]
+    assert fetching.returncode == 130, said
+    assert said.strip().endswith("interrupted; what is fetched is kept, and the same command goes on")
+    assert part.stat().st_size > 0
+    hub.stalls = False
+    assert run(hub.url, "--only", config, "--dest", tmp_path / "weights").returncode == 0
+    assert part.with_suffix("").read_bytes() == LARGE
+    assert any(wanted and wanted != "bytes=0-" for _, wanted in hub.seen)
 
 
 # ------------------------------------------------------------------------------------------- one file
