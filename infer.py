@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 def stand_in(args: argparse.Namespace) -> list[Path]:
     """Videos by Wan: from a prompt with Stand-In, or from a picture."""
     from pipelines.image_to_video_settings import resolve_image_to_video
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
@@ -78,6 +78,10 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
     wan = Wan(settings, config, processes)
     wan.check()
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     scorer = load_scorer(settings, settings.score_photos, "--ip_image" if settings.ip_image else "--image")
@@ -91,13 +95,13 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
 def instant_id(args: argparse.Namespace) -> list[Path]:
     """Pictures by InstantID on SDXL."""
     from pipelines.instant_id_settings import resolve_instant_id
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_instant_id(args)
     jobs = list_jobs(settings, ".png")
 
     from pipelines.distributed import start_processes
-    from pipelines.instant_id import PictureMaker, check_files, guide_face
+    from pipelines.instant_id import PictureMaker, check_files, describe_picture, guide_face
     from pipelines.scoring import load_scorer, make_scored
     from preprocess.face_detection import load_recogniser
 
@@ -105,6 +109,10 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):
         return []
     check_files(settings, config)
+    jobs = settle(jobs, settings, lambda prompt, seed: describe_picture(settings, config, prompt, seed))
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
     guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
     scorer = load_scorer(settings, settings.ip_image)
     maker = PictureMaker(settings, config, guide, processes.device)
@@ -114,7 +122,7 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
 def consis_id(args: argparse.Namespace) -> list[Path]:
     """Videos by ConsisID on CogVideoX."""
     from pipelines.consis_id_settings import resolve_consis_id
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_consis_id(args)
     jobs = list_jobs(settings)
@@ -128,6 +136,10 @@ def consis_id(args: argparse.Namespace) -> list[Path]:
         return []
     model = ConsisID(settings, config, processes)
     model.check()
+    jobs = settle(jobs, settings, model.describe)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     scorer = load_scorer(model.scoring_settings, settings.ip_image)
     face = model.prepare_face(jobs[0].output)  # the face networks are gone after this

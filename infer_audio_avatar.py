@@ -67,15 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from dataclasses import replace
-
     from pipelines.avatar_settings import resolve_avatar
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
     from preprocess.audio import AudioTimeline
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config, samples = resolve_avatar(args)  # samples: (N,) at 16 kHz
-    jobs = list_jobs(replace(settings, num_frames=AudioTimeline(len(samples), settings.fps).num_frames))
+    jobs = list_jobs(settings, frames=AudioTimeline(len(samples), settings.fps).num_frames)
 
     from pipelines.audio_avatar import AvatarMaker, AvatarWan, read_reference
     from pipelines.distributed import start_processes
@@ -85,6 +83,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     wan = AvatarWan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     reference = read_reference(settings)  # (H, W, 3) uint8
     scorer = load_scorer(settings, settings.score_photos, "--reference_image")

@@ -48,14 +48,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    import dataclasses
-
     from pipelines.face_swap_settings import resolve_face_swap
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config, info = resolve_face_swap(args)
-    jobs = list_jobs(dataclasses.replace(settings, num_frames=info.num_frames))  # room for the whole video
+    jobs = list_jobs(settings, frames=info.num_frames)  # room for the whole video
 
     from pipelines.distributed import start_processes
     from pipelines.face_swap import FaceSwapMaker, open_swap_video
@@ -67,6 +65,10 @@ def main(args: argparse.Namespace) -> list[Path]:
         return []
     wan = Wan(settings, config, processes)
     wan.check()
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     output = jobs[0].output if processes.writes else None
     video = open_swap_video(settings, info, 2 * wan.transformer_config.vae_spatial_factor, output)

@@ -81,16 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of the seeds."""
-    from dataclasses import replace
-
-    from pipelines.jobs import Job, list_jobs, make_all
+    from pipelines.jobs import Job, all_done, list_jobs, make_all, settle
     from pipelines.long_video_settings import resolve_long_video
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config, picture = resolve_long_video(args)
     clips = settings.clips(seed=0)
     length = sum(len(clip.kept) for clip in clips)
-    jobs = list_jobs(replace(settings, prompt=settings.prompt[:1], num_frames=2 * length))  # the clips, and all joined
+    jobs = list_jobs(settings, frames=2 * length)  # the clips, and all joined
 
     from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
@@ -110,6 +108,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()  # LoRAs take memory too
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
     if settings.first_frame is not None:  # SDXL's memory is free again after this
         picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
 

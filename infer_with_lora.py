@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
     from pipelines.lora import resolve_lora_settings
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -50,6 +50,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     wan = Wan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     scorer = load_scorer(settings, settings.score_photos)

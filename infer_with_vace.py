@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     from dataclasses import replace
 
     from pipelines.control_video import resolve_vace_settings
-    from pipelines.jobs import list_jobs, make_all
+    from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_vace_settings(args)
@@ -65,6 +65,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     wan = VaceWan(settings, config, processes)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
     wan.check(at_once=replace(settings, num_frames=frames))
+    jobs = settle(jobs, settings, wan.describe, processes)
+    if all_done(jobs):
+        processes.close()
+        return make_all(None, jobs)
 
     control = read_control(settings, demonstrate=wan.is_tiny)
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each

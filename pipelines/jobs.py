@@ -1,23 +1,52 @@
-"""Which videos or pictures a run makes, and where they go. Without torch: a bad path is refused at once."""
+"""Which videos or pictures a run makes, where they go, and which of them are there already. Without torch: a bad path
+is refused at once.
 
+    jobs = list_jobs(settings)                          # what is there of other settings is refused
+    jobs = settle(jobs, settings, wan.describe)         # what is there of the same settings is done
+    if all_done(jobs):
+        return make_all(None, jobs)
+    …                                                   # load the model
+    return make_all(maker.make, jobs)
+"""
+
+import glob
 import itertools
+import logging
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from errors import UsageError
+from errors import InputError, UsageError
+from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
 from pipelines.settings import Settings
-from pipelines.video_file import free_disk_or_error, refuse_if_written, resolve_output
+from pipelines.video_file import (
+    OutputExistsError,
+    free_disk_or_error,
+    read_comment,
+    read_record,
+    refuse_if_written,
+    resolve_output,
+    sidecar_path,
+)
+
+logger = logging.getLogger("selfsame")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video or picture to make."""
+    """One video or picture to make.
+
+    standing: of what is there already. "": nothing, it is to be made; "found": something that looks as if it was made
+        by the same settings; "done": just that is certain; "refused": something else.
+    """
 
     prompt: str
     seed: int
     output: Path
+    standing: str = ""
+    refusal: str = ""
 
 
 DEFAULT_OUTPUT = Path("outputs/output.mp4")
@@ -30,47 +59,153 @@ def free_output(extension: str = ".mp4") -> Path:
     return next(path for path in itertools.chain([first], numbered) if not path.exists())
 
 
-def list_jobs(settings: Settings, extension: str = ".mp4") -> list[Job]:
+def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = None) -> list[Job]:
     """Every prompt with every seed; with several jobs, their numbers go into the file names.
 
+    Args:
+        frames: of each video, to estimate its size by, where it has others than `settings.num_frames`.
+
     Raises:
-        UsageError: an output that cannot be written, or exists already.
+        UsageError: an output that cannot be written; or all exist already, made by other settings.
         ResourceError: the disk has no room for the videos.
     """
-    several = len(settings.prompt) * len(settings.seed) > 1
+    prompts = settings.prompt[:1] if getattr(settings, "prompts_are_clips", False) else settings.prompt
+    several = len(prompts) * len(settings.seed) > 1
     output = free_output(extension) if settings.output is None else Path(settings.output)
     if not output.name:
         raise UsageError(f"--output {settings.output!r} names no file; give one such as video{extension}")
     jobs = []
-    for number, prompt in enumerate(settings.prompt):
+    for number, prompt in enumerate(prompts):
         for seed in settings.seed:
             path = output.with_name(f"{output.stem}-{number:03d}-seed{seed}{output.suffix}") if several else output
-            jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
-            if "WORLD_SIZE" not in os.environ:  # else it may be another process of this very run
-                refuse_if_written(jobs[-1].output)
-    free_disk_or_error(output, len(jobs) * estimate_file_bytes(settings))
+            try:
+                jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
+                if "WORLD_SIZE" not in os.environ:  # else it may be another process of this very run
+                    refuse_if_written(jobs[-1].output)
+            except OutputExistsError as error:
+                standing = "found" if looks_the_same(error.path, settings, prompt, seed) else "refused"
+                jobs.append(Job(prompt, seed, error.path, standing, str(error)))
+    refuse_or_warn(jobs)
+    free_disk_or_error(output, sum(not job.standing for job in jobs) * estimate_file_bytes(settings, frames))
     return jobs
 
 
-def make_all(make: Callable[[Job], Path], jobs: Iterable[Job]) -> list[Path]:
+def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> bool:
+    """Whether the record of what is there has the settings of this run, as far as they are known by now: a picture may
+    change the size, a face score the seed. `settle` makes sure.
+    """
+    record = record_inside(output) or read_record(sidecar_path(output)) or {}
+    made = record.get("settings")
+    if record.get("made_by") != "Selfsame" or not isinstance(made, dict):
+        return False
+    prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
+    wanted = replace(settings, prompt=prompts, seed=(seed,)).as_dict()
+    without = ("height", "width", *OF_THE_MACHINE, *(["seed"] if settings.min_face_score is not None else []))
+    wanted, made = counted(wanted, without), counted(made, without)
+    left_open = [name for name in LEFT_OPEN if wanted.get(name) is None]
+    return all(wanted[name] == made[name] for name in wanted.keys() & made.keys() if name not in left_open)
+
+
+def record_inside(output: Path) -> dict | None:
+    """The record that lies in a finished video or picture."""
+    from pipelines.picture_file import read_text
+
+    try:
+        return read_text(output) if output.suffix.lower() == ".png" else read_comment(output)
+    except InputError:
+        return None
+
+
+def settle(
+    jobs: Sequence[Job], settings: Settings, describe: Callable[[str, int], dict], processes=None
+) -> list[Job]:
+    """Make sure of what was found: what has the content that this run would make is done, anything else is refused.
+
+    Args:
+        describe: prompt and seed -> the record of a run, with its "content".
+        processes: of a split video; the first one's files count.
+
+    Raises:
+        UsageError: nothing is left to be made, and something was refused.
+    """
+    settled = []
+    for job in jobs:
+        if job.standing == "found":
+            retries = 0 if settings.min_face_score is None else settings.max_retries
+            contents = [describe(job.prompt, seed)["content"] for seed in range(job.seed, job.seed + retries + 1)]
+            inside, beside = record_inside(job.output), read_record(sidecar_path(job.output))
+            if inside is not None and inside.get("content") in contents:
+                clear_leftovers(job.output)
+                job = replace(job, standing="done")
+            elif not job.output.exists() and beside is not None and beside.get("content") in contents:
+                job = replace(job, standing="")  # the record of a pair that was never finished
+            else:
+                job = replace(job, standing="refused")
+        settled.append(job)
+    settled = settled if processes is None else processes.share(settled)
+    refuse_or_warn(settled, said=[job for job in jobs if job.standing == "refused"])
+    return settled
+
+
+def refuse_or_warn(jobs: Sequence[Job], said: Sequence[Job] = ()) -> None:
+    """Say what is in the way; it is an error where that is all there is."""
+    refused = [job for job in jobs if job.standing == "refused"]
+    if refused and len(refused) == len(jobs):
+        raise UsageError(refused[0].refusal)
+    for job in refused:
+        if job not in said:
+            logger.warning("%s; it stays as it is, and the others are made", job.refusal)
+
+
+def all_done(jobs: Sequence[Job]) -> bool:
+    """Whether there is nothing to be made."""
+    return all(job.standing in ("done", "refused") for job in jobs)
+
+
+def clear_leftovers(output: Path) -> None:
+    """Remove the work files and the saved progress of a video that is whole."""
+    for kind in ("part.*", "state*", "clips", "window*.state.safetensors"):
+        for path in output.parent.glob(f".{glob.escape(output.stem)}.{kind}"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def make_all(make: Callable[[Job], Path] | None, jobs: Iterable[Job]) -> list[Path]:
     """Make one job after another, and say of each where it is: a line of standard output each, as soon as it is there.
+    What is done already is not made again.
 
     Returns:
-        the files that were made, in the jobs' order.
+        the files that are there now, in the jobs' order.
+
+    Raises:
+        UsageError: at the end, for those whose place is taken by something else.
     """
-    made = []
+    made, refused = [], []
     for job in jobs:
-        made.append(make(job))
+        if job.standing == "refused":
+            refused.append(job.output.name)
+            continue
+        if job.standing == "done":
+            logger.info("%s: done already, by the same settings", job.output)
+        made.append(job.output if job.standing == "done" else make(job))
         print(made[-1])
+    if refused:
+        raise UsageError(
+            f"--output: {', '.join(refused)} not made: something of other settings is there; give another name, or add "
+            "--overwrite"
+        )
     return made
 
 
-def estimate_file_bytes(settings: Settings) -> int:
+def estimate_file_bytes(settings: Settings, frames: int | None = None) -> int:
     """Bytes of one video at its worst (noise), and of the saved progress: four tensors of the size of the latents; of
     one picture, uncompressed.
     """
     if not hasattr(settings, "num_frames"):
         return 3 * (settings.height or 1280) * (settings.width or 1280)
-    pixels = settings.num_frames * settings.height * settings.width
-    latents = (settings.num_frames // 4 + 1) * (settings.height // 8) * (settings.width // 8) * 16
+    frames = frames or settings.num_frames
+    pixels = frames * settings.height * settings.width
+    latents = (frames // 4 + 1) * (settings.height // 8) * (settings.width // 8) * 16
     return pixels * 3 // 2 + 4 * 4 * latents

@@ -1,7 +1,6 @@
 """PNG files with what made them kept inside and beside them, as `video_file` does for videos."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy
@@ -10,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
 from pipelines.record import whole_record, without_folders
-from pipelines.video_file import cannot_write, read_record, sidecar_path, to_json, write_new
+from pipelines.video_file import as_record, cannot_write, read_record, sidecar_path, to_json, write_new
 from preprocess.output import create_empty, part_of, put_in_place
 
 TEXT_CHUNK = "Comment"  # of PNG's registered keywords
@@ -43,8 +42,14 @@ def read_picture_metadata(path: Path) -> dict:
     Raises:
         InputError: not a picture, or one without such a record.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError), Image.open(path) as picture:
+    if (inside := read_text(path)) is None:
+        raise InputError(f"{path} carries no record of what made it")
+    return whole_record(inside, read_record(sidecar_path(path)))
+
+
+def read_text(path: Path) -> dict | None:
+    """The record in the picture itself, if it has one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as picture:
         picture.load()  # text may stand behind the pixels
-        inside = json.loads(picture.text[TEXT_CHUNK])
-        return whole_record(inside, read_record(sidecar_path(path)))
-    raise InputError(f"{path} carries no record of what made it")
+        return as_record(picture.text[TEXT_CHUNK].encode("utf-8", "backslashreplace"))
+    return None

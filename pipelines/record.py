@@ -37,6 +37,9 @@ INPUTS = (
 PLACES = ("config", "variant", "lora_config", "controlnet")
 # How things are computed and reported: the frames are the same.
 OF_THE_MACHINE = ("device", "memory", "no_drift_report", "teacache_offload")
+# What --memory auto chooses where it is left open (None), by the memory that is free at the moment: `looks_the_same`
+# compares it with what was given.
+LEFT_OPEN = ("fp8", "tiled")
 # What acts only on the finished latents, or chooses among finished files.
 AFTER_DENOISING = ("quality", "color_correction", "no_composite", "min_face_score", "max_retries", "tiled", "vae_dtype")
 # Keys of a config that say how it is called and fetched, or that are among the settings already.
@@ -73,7 +76,7 @@ def describe_run(
         "model": digest_of([model_of(config), getattr(settings, "clip_rules", None)]),
         "weights": {str(part.path): hash_of_weights(part.path) for part in weights},
     }
-    made_from = counted(values, OF_THE_MACHINE), record["inputs"], record["model"], hashes_of(weights)
+    made_from = counted(values, (*OF_THE_MACHINE, *LEFT_OPEN)), record["inputs"], record["model"], hashes_of(weights)
     return record | {"content": digest_of(made_from)}
 
 

@@ -11,7 +11,6 @@ Works for whatever makes a job's file and can say beforehand what metadata it wi
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipelines.video_file import add_metadata, read_metadata, sidecar_path, to_j
 from preprocess.face_detection import load_recogniser, recogniser_is_there
 from preprocess.face_score import FaceScorer, sample_pictures
 from preprocess.image import read_image
+from preprocess.output import put_in_place
 
 logger = logging.getLogger("selfsame")
 
@@ -114,8 +114,7 @@ def make_scored(
             *(job.output, len(attempts), settings.min_face_score, best.seed, best.score),
         )
     if writes:
-        os.replace(sidecar_path(best.path), sidecar_path(job.output))
-        os.replace(best.path, job.output)
+        put_in_place((sidecar_path(best.path), sidecar_path(job.output)), (best.path, job.output))
         for attempt in attempts:
             for file in (attempt.path, sidecar_path(attempt.path)):
                 file.unlink(missing_ok=True)

@@ -362,7 +362,16 @@ def write_new(part: Path, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Where to write
 
+KINDS = {".mp4": "video", ".png": "picture"}
 RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
+
+
+class OutputExistsError(UsageError):
+    """Something lies where the output is to go."""
+
+    def __init__(self, path: Path, message: str):
+        super().__init__(message)
+        self.path = path
 
 
 def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str = ".mp4") -> Path:
@@ -393,14 +402,16 @@ def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str =
     if path.is_symlink():
         raise UsageError(f"--output {shown} is a link to {os.readlink(path)}; give that path itself")
     prepare_folder(path.parent, shown)
-    for file in (path, sidecar_path(path)) if extension == ".mp4" else (path,):  # others have no record beside them
-        if not os.path.lexists(file):
+    for file in (path, sidecar_path(path)) if extension in (".mp4", ".png") else (path,):  # a sound has no record
+        if not os.path.lexists(file) or (file != path and is_leftover(path)):
             continue
         if not stat.S_ISREG(os.lstat(file).st_mode):
             raise UsageError(f"--output {shown}: {file.name} exists and is no plain file; give another name")
         if not overwrite:
-            record = "" if file == path else " (the record that goes beside the video)"
-            raise UsageError(f"--output {shown}: {file.name}{record} exists; give another name, or add --overwrite")
+            record = "" if file == path else f" (the record that goes beside the {KINDS[extension]})"
+            raise OutputExistsError(
+                path, f"--output {shown}: {file.name}{record} exists; give another name, or add --overwrite"
+            )
     return path
 
 
@@ -417,6 +428,13 @@ def refuse_if_written(path: Path) -> None:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the file is closed
         except BlockingIOError:
             raise UsageError(f"another run is writing {path}; wait for it or give another --output") from None
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the record of a video is there without it, because its run was killed between the two renames."""
+    parts = (part_of(path), part_of(path, f"sound{path.suffix}"))
+    record = None if os.path.lexists(path) or not any(map(Path.is_file, parts)) else read_record(sidecar_path(path))
+    return record is not None and record.get("made_by") == "Selfsame"
 
 
 def prepare_folder(folder: Path, shown: str):

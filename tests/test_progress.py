@@ -219,7 +219,7 @@ def test_config_json_is_part_of_the_weights(tmp_path):
 def test_the_video_itself_names_no_folders(tmp_path):
     """A home folder has the user's name in it. The JSON beside keeps whole paths; what it lacks nobody needs."""
     photo = shutil.copy(PROJECT / "assets" / "face.png", tmp_path / "me.png")
-    make(tmp_path / "out.mp4", "--ip_image", photo, "--antelopv2_path", tmp_path / "models" / "antelopev2")
+    make(tmp_path / "out.mp4", "--ip_image", photo)
     assert str(tmp_path).encode() not in (tmp_path / "out.mp4").read_bytes()
     inside = read_comment(tmp_path / "out.mp4")
     assert inside["settings"]["ip_image"] == ["me.png"] and list(inside["faces"]) == ["me.png"]

@@ -1,0 +1,192 @@
+"""A batch that was stopped goes on, a finished command is kept, and runs that were killed leave nothing in the way."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy
+import pytest
+
+import infer
+import infer_audio_avatar
+import infer_long_video
+import infer_with_vace
+from errors import UsageError
+from models.wan.transformer import WanTransformer
+from pipelines.job_state import JobState
+from pipelines.video_file import read_comment, resolve_output, write_video
+from preprocess.image import read_image, write_png
+from preprocess.video import read_frames
+from tests.test_infer import SMALL
+
+PROJECT = Path(__file__).parent.parent
+TINY = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1"]
+SCRIPTS = {
+    "infer": (infer, [*TINY, "--no_face_crop"]),
+    "vace": (infer_with_vace, [*TINY, "--no_face_crop"]),
+    "avatar": (infer_audio_avatar, ["--width", "32", "--height", "32", "--sample_steps", "1", "--num_frames", "9"]),
+    "long": (infer_long_video, [*TINY, "--num_clips", "1", "--no_drift_report"]),
+}
+
+
+def run(script, *flags) -> list[Path]:
+    return script.main(script.parse_args([str(flag) for flag in flags]))
+
+
+def batch(output, *flags) -> list[Path]:
+    return run(infer, *SMALL, "--output", output, "--prompt", "a", "b", "--seed", "0", "1", *flags)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    found, forward = [], WanTransformer.forward
+
+    def counting(self, *args, **kwargs):
+        if not kwargs.get("tokens_only"):
+            found.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer, "forward", counting)
+    return found
+
+
+def test_a_stopped_batch_goes_on(tmp_path, monkeypatch, calls, caplog, capsys):
+    """Kept, resumed, made: and one file of something else stands in the way of nothing but itself."""
+    (tmp_path / "whole").mkdir()
+    whole = batch(tmp_path / "whole" / "v.mp4")
+    assert len(whole) == 4 and len(calls) == 4 * 6
+
+    def interrupt(self, step, save=JobState.save):
+        save(self, step)
+        if "000-seed1" in self.path.name and step.index == 1:
+            raise KeyboardInterrupt
+
+    (tmp_path / "v-001-seed0.mp4").write_bytes(b"precious")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(JobState, "save", interrupt)
+        batch(tmp_path / "v.mp4")
+    assert "v-001-seed0.mp4 exists" in caplog.text and "the others are made" in caplog.text
+    calls.clear()
+    capsys.readouterr()
+    caplog.set_level("INFO")
+    with pytest.raises(UsageError, match=r"v-001-seed0.mp4 not made: .*--overwrite") as error:
+        batch(tmp_path / "v.mp4")
+    assert error.value.exit_code == 2
+    assert len(calls) == 2 + 6, "one step was left of the second, three of the fourth"
+    assert "v-000-seed0.mp4: done already" in caplog.text
+    made = ["v-000-seed0.mp4", "v-000-seed1.mp4", "v-001-seed1.mp4"]
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == made
+    for name in made:
+        assert (read_frames(tmp_path / name) == read_frames(tmp_path / "whole" / name)).all()
+    assert (tmp_path / "v-001-seed0.mp4").read_bytes() == b"precious"
+    (tmp_path / "v-001-seed0.mp4").unlink()
+    calls.clear()
+    assert [path.name for path in batch(tmp_path / "v.mp4")] == names_of(whole)
+    assert len(calls) == 6
+
+
+def names_of(paths) -> list[str]:
+    return [path.name for path in paths]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_command_is_kept_and_no_model_is_loaded(tmp_path, monkeypatch, caplog, capsys, script):
+    module, flags = SCRIPTS[script]
+    output = tmp_path / "out.mp4"
+    made = run(module, *flags, "--output", output)
+    content = output.read_bytes()
+    (tmp_path / ".out.state.safetensors").write_bytes(b"of a run killed just before its end")
+    capsys.readouterr()
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.wan.Wan.encode_prompts", None)
+        assert run(module, *flags, "--output", output) == made == [output]
+    assert capsys.readouterr().out.split() == [str(output)]
+    assert "out.mp4: done already, by the same settings" in caplog.text
+    assert output.read_bytes() == content and not (tmp_path / ".out.state.safetensors").exists()
+    for other in (["--seed", 5], ["--shift", 2], ["--quality", 5], ["--tiled"]):
+        with pytest.raises(UsageError, match="out.mp4 exists; .*--overwrite"):
+            run(module, *flags, *other, "--output", output)
+    assert output.read_bytes() == content
+
+
+def test_a_photo_counts_by_its_content(tmp_path):
+    photo = tmp_path / "me.png"
+    shutil.copy(PROJECT / "assets" / "face.png", photo)
+    flags = [*TINY, "--no_face_crop", "--prompt", "x", "--output", tmp_path / "out.mp4", "--ip_image"]
+    run(infer, *flags, photo)
+    moved = photo.rename(tmp_path / "moved.png")
+    assert run(infer, "--memory", "group", *flags, moved) == [tmp_path / "out.mp4"]
+    write_png(photo, 255 - read_image(moved))
+    with pytest.raises(UsageError, match="exists"):
+        run(infer, *flags, photo)
+
+
+# ------------------------------------------------------------------------------------------------- killed at the end
+
+
+def killed(call: str, count: int, main) -> None:
+    """Run in a child process that is killed (-9) at its count-th call of a function of `os`."""
+    child = os.fork()
+    if child == 0:
+        real, calls = getattr(os, call), []
+
+        def deadly(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(os, call, deadly)
+        main()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the run was not killed"
+
+
+def test_killed_between_record_and_video_is_no_finished_output(tmp_path):
+    frames = numpy.zeros((2, 16, 16, 3), numpy.uint8)
+    killed("replace", 2, lambda: write_video(tmp_path / "v.mp4", [frames], fps=8, metadata={"made_by": "Selfsame"}))
+    assert names(tmp_path) == [".v.part.ffmetadata", ".v.part.mp4", "v.json"], "the record is to be there first"
+    record = {"made_by": "Selfsame", "settings": {}}
+    (tmp_path / "v.json").write_text(json.dumps(record))
+    assert resolve_output(tmp_path / "v.mp4", overwrite=False) == tmp_path / "v.mp4"
+    (tmp_path / "v.json").write_text('{"a recipe": "of somebody else"}')
+    with pytest.raises(UsageError, match="v.json .*exists"):
+        resolve_output(tmp_path / "v.mp4", overwrite=False)
+
+
+@pytest.mark.parametrize("cleaned", [False, True], ids=["work files there", "work files removed"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_goes_on_after_that(tmp_path, script, cleaned):
+    """The same command makes the video, and clears what the killed run left."""
+    module, flags = SCRIPTS[script]
+    output = tmp_path / "out.mp4"
+
+    def main():
+        run(module, *flags, "--output", output)
+
+    def place(source, target, replace=os.replace):
+        if Path(target) == output:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    child = os.fork()
+    if child == 0:
+        os.replace = place
+        main()
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert (tmp_path / "out.json").exists() and not output.exists()
+    if cleaned:
+        for file in tmp_path.glob(".out.part*"):
+            file.unlink()
+    main()
+    assert [name for name in names(tmp_path) if "face0" not in name] == ["out.json", "out.mp4"]
+    assert read_comment(output)["content"] == json.loads((tmp_path / "out.json").read_text())["content"]
