@@ -275,11 +275,11 @@ class Placement:
         """`group, fp8, tiles`: what can be seen in the video or in its speed."""
         return ", ".join([self.memory, *(["fp8"] if self.fp8 else []), *(["tiles"] if self.tiled else [])])
 
-    def describe(self, free_device: int, free_host: int) -> str:
+    def describe(self, free_device: int, free_host: int, on_gpu: bool = True) -> str:
         """What was chosen and why, in one line."""
         where = "" if self.text_on_device else "; prompts are encoded on the CPU"
-        needed = f"about {self.device_bytes / GIB:.1f} of {free_device / GIB:.1f} GiB that are free on the GPU"
-        needed += f" and {self.host_bytes / GIB:.1f} of {free_host / GIB:.1f} GiB of RAM"
+        needed = f"about {self.device_bytes / GIB:.1f} of {free_device / GIB:.1f} GiB that are free"
+        needed += f" on the GPU and {self.host_bytes / GIB:.1f} of {free_host / GIB:.1f} GiB of RAM" if on_gpu else ""
         return f"{self.name} ({needed}{self.passed_over and f'; {self.passed_over}'}){where}"
 
 
@@ -304,7 +304,8 @@ def choose_mode(
     Args:
         needs: from `estimate_needs` or `needs_of_config`.
         free_device, free_host: bytes.
-        device: "cuda"; of "cpu" (and "mps") there is one memory, and nothing to move: always resident.
+        device: "cuda"; of "cpu" (and "mps") there is one memory, and nothing to move: resident, or where not all fits
+            at once, part after part, each read when it is needed.
         memory: "auto", or the one mode that is asked for.
         fp8, tiled: None where `auto` may decide.
 
@@ -313,10 +314,10 @@ def choose_mode(
     """
     asked, passed_over = memory != "auto", ""
     one_memory = device != "cuda"
-    if memory == "auto":
-        modes = [("resident", False, True)] if one_memory else LADDER
-        if fp8 is not None:
-            modes = [mode for mode in modes if mode[1] == fp8] or [("resident", fp8, True)]
+    if memory == "auto" and one_memory:
+        modes = [("resident", bool(fp8), True), ("model", bool(fp8), False)]
+    elif memory == "auto":
+        modes = [mode for mode in LADDER if fp8 in (None, mode[1])]
     else:
         modes = [(memory, bool(fp8), True)] + [(memory, bool(fp8), False)] * (not one_memory and memory != "resident")
     tiles = (False, True) if tiled is None and not asked else (bool(tiled),)
@@ -412,7 +413,7 @@ def check_memory(settings: Settings, needed: int, device: torch.device) -> None:
     if needed > total:
         mode = None if settings.memory == "auto" else next_mode(settings.memory)
         advice = [f"--memory {mode}"] if mode else []
-        advice += [] if settings.tiled else ["--tiled"]
+        advice += [] if settings.tiled or settings.memory == "auto" else ["--tiled"]  # auto has thought of it
         raise ResourceError(
             f"--width {settings.width} --height {settings.height} --num_frames {settings.num_frames} needs about "
             f"{needed / GIB:.1f} GiB on {device} with --memory {settings.memory}, which has {total / GIB:.1f} GiB; "

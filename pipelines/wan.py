@@ -345,8 +345,8 @@ class Wan:
             fp8=fp8,
             tiled=settings.tiled,
         )
-        if settings.memory == "auto" and self.has_own_memory:
-            logger.info("--memory auto: %s", placement.describe(*free))
+        if settings.memory == "auto" and (self.has_own_memory or placement.name != "resident"):
+            logger.info("--memory auto: %s", placement.describe(*free, on_gpu=self.has_own_memory))
         return placement
 
     def use_placement(self, placement: Placement) -> None:

@@ -156,9 +156,10 @@ def test_what_the_user_asked_for_is_what_there_is():
 
 
 def test_a_cpu_has_one_memory():
-    for free in (2, 8, 100):
+    for free, memory, fits in ((100, "resident", True), (23, "model", True), (2, "model", False)):
         chosen = choose_mode(needs_of(), free * GIB, free * GIB, device="cpu")
-        assert (chosen.memory, chosen.text_on_device, chosen.fp8) == ("resident", False, False)
+        assert (chosen.memory, chosen.fits, chosen.fp8) == (memory, fits, False)
+        assert not chosen.text_on_device and chosen.keeps_weights == (memory == "resident")
 
 
 @pytest.mark.parametrize("name", NEEDS)
