@@ -41,11 +41,13 @@ from pipelines.video_file import readable_bytes
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
+from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
 
 logger = logging.getLogger("selfsame")
 
 AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
+SEEN_SIZE = 512  # pixels of the shorter side in which a face is looked for, however small the video is
 
 
 class AvatarWan(Wan):
@@ -147,6 +149,16 @@ def read_reference(settings: AvatarSettings) -> numpy.ndarray:
             "--reference_image %s: %dx%d, of which the centre is used (%d %%) for a video of %dx%d; cut the photo or "
             "give --width and --height",
             *(settings.reference_image, width, height, 100 * kept / (width * height), settings.width, settings.height),
+        )
+    enlarged = max(1, SEEN_SIZE / min(settings.width, settings.height))
+    shown = cover_resize(photo, round(enlarged * settings.width), round(enlarged * settings.height))
+    has_models = recogniser_is_there(settings.antelopv2_path)
+    detector = load_detector(settings.antelopv2_path) if has_models else CascadeDetector()
+    if not detector(shown):
+        logger.warning(
+            "--reference_image %s: no face is found in what the video shows of it; nobody may talk there. Give a near "
+            "frontal photo with the face near its middle, or go on if it is a drawing",
+            settings.reference_image,
         )
     return cover_resize(photo, settings.width, settings.height)
 

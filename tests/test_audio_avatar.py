@@ -21,7 +21,7 @@ from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
 from pipelines import job_state
-from pipelines.audio_avatar import AvatarMaker, AvatarWan
+from pipelines.audio_avatar import AvatarMaker, AvatarWan, read_reference
 from pipelines.avatar_state import AvatarState, create_on_disk, open_on_disk
 from pipelines.avatar_windows import blend_weights, fuse, latent_length, plan_windows, sound_of
 from pipelines.distributed import Processes
@@ -35,6 +35,7 @@ from pipelines.tiny import (
 )
 from pipelines.video_file import VideoWriter, read_metadata
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
+from preprocess.image import write_png
 from preprocess.video import probe, read_frames
 from tests.test_distributed import torchrun
 from tests.test_infer import original_vae_names
@@ -616,3 +617,21 @@ resolve_avatar(infer_audio_avatar.parse_args([]))
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
+
+
+def test_a_photo_without_a_face_is_said(tmp_path, caplog):
+    """Looked for in what the video shows, however small it is, and not refused: it may be a drawing."""
+
+    def said(photo: str, width: int, height: int) -> bool:
+        caplog.clear()
+        picture = read_reference(
+            SimpleNamespace(reference_image=photo, width=width, height=height, antelopv2_path=str(tmp_path / "none"))
+        )
+        assert picture.shape == (height, width, 3)
+        return "no face is found in what the video shows of it" in caplog.text
+
+    face = str(PROJECT / "assets" / "face.png")
+    assert not said(face, 64, 64)
+    assert not said(face, 512, 512)
+    write_png(tmp_path / "wall.png", numpy.full((300, 400, 3), 128, numpy.uint8))
+    assert said(str(tmp_path / "wall.png"), 64, 64)
