@@ -33,7 +33,7 @@ class InputError(UserError):
 
 
 class WeightsError(UserError):
-    """Weights that are missing, damaged, or of another model."""
+    """Weights that are missing, damaged, or of another model; or that compute NaN, as damaged or rounded ones do."""
 
     exit_code = 4
 

@@ -18,7 +18,7 @@ from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from configs import load_config, part_path
-from errors import ResourceError, UserError
+from errors import ResourceError, WeightsError
 from models.audio_adapter import AudioAdapter, load_audio_avatar
 from models.audio_encoder import AudioEncoder, load_audio_encoder
 from models.wan.schedulers import make_solver
@@ -253,7 +253,7 @@ class AvatarMaker(VideoMaker):
                 return state.latents
             except RuntimeError as error:
                 if self.wan.processes.by_windows and isinstance(error, NonFiniteLatentsError):
-                    raise UserError(f"{error}; try --attention_backend native or --dtype fp32") from error
+                    raise WeightsError(f"{error}; try --attention_backend native or --dtype fp32") from error
                 self.mend(error)
 
     def run_steps(self, job: Job, state: AvatarState, first: int, progress: StepBar) -> None:

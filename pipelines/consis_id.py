@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from configs import download_command
-from errors import UsageError, UserError, WeightsError
+from errors import UsageError, WeightsError
 from models.identity.consis_id import (
     ConsisIDPipeline,
     ConsisIDTransformer,
@@ -291,6 +291,8 @@ class ConsisIDMaker:
             bar = self.bars.work("decoding", self.settings.num_frames, "frame")
             with self.model.decoder() as vae, bar:
                 for frames in decode_stream(vae, latents):
+                    if not frames.isfinite().all():
+                        raise WeightsError(f"the VAE returned NaN or infinity ({frames.dtype}); try --dtype fp32")
                     writer.write(frames)
                     bar.advance(frames.shape[2])
         logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
@@ -307,7 +309,9 @@ class ConsisIDMaker:
 
         def on_step(pipe: ConsisIDPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
             if not tensors["latents"].isfinite().all():
-                raise UserError(f"latents are not finite after step {step + 1} in {self.model.dtype}; try --dtype fp32")
+                raise WeightsError(
+                    f"latents are NaN or infinite after step {step + 1} in {self.model.dtype}; try --dtype fp32"
+                )
             progress.advance()
             return {}
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
-from errors import ResourceError, UserError
+from errors import ResourceError, WeightsError
 from models.identity.stand_in import Identity, StandIn
 from models.wan.schedulers import expert_index, get_schedule, make_solver
 from models.wan.tea_cache import TeaCache, coefficients_of
@@ -176,7 +176,7 @@ class VideoMaker:
         wan = self.wan
         if isinstance(error, NonFiniteLatentsError):
             if wan.attention_backend == "native":
-                raise UserError(f"{error} (attention native, {wan.dtype}); try --dtype fp32") from error
+                raise WeightsError(f"{error} (attention native, {wan.dtype}); try --dtype fp32") from error
             logger.warning("%s with attention backend %s; going on with native", error, wan.attention_backend)
             wan.use_attention_backend("native")
             self._identities.clear()
@@ -212,11 +212,19 @@ class VideoMaker:
         return 4 * latents.shape[2] - 3
 
     def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
+        """The frames in pieces, (1, 3, f, H, W) in [-1, 1].
+
+        Raises:
+            WeightsError: NaN or infinity among them; written, they would be black.
+        """
         options = {
             "tiling": Tiling() if self.settings.tiled else None,
             "cache_device": "cpu" if self.wan.memory == "sequential" else None,
         }
-        return vae.decode_stream(latents, **options)
+        for frames in vae.decode_stream(latents, **options):
+            if not torch.isfinite(frames).all():
+                raise WeightsError(f"the VAE returned NaN or infinity ({self.wan.vae_dtype}); try --vae_dtype fp32")
+            yield frames
 
     def preview(self, job: Job, step: Step) -> None:
         """The model's present guess of the middle frame, decoded alone, as NAME.preview.png."""

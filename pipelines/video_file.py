@@ -27,7 +27,7 @@ import numpy as np
 
 from errors import InputError, ResourceError, UsageError
 from pipelines.record import whole_record, without_folders
-from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, probe_streams, readable_file, reasons, run_ffmpeg
+from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, readable_file, reasons, run_ffmpeg
 from preprocess.output import create_empty, part_of, put_in_place
 from preprocess.video import probe
 
@@ -287,7 +287,7 @@ class VideoWriter:
         skip = ["-ss", f"{self.audio_start:.6f}"] if self.audio_start else []
         sound = ["-af", f"apad,atrim=end={length:.9f}", "-c:a", "aac", "-b:a", "192k"]
         result = run_ffmpeg(
-            *("-y", "-i", ffmpeg_url(self.part), *skip, "-i", ffmpeg_url(self.audio_path)),
+            *("-y", "-i", ffmpeg_url(self.part), *skip, *media_input(self.audio_path)),
             *("-map", "0:v:0", "-map", "1:a:0"),
             *("-map_metadata", "0", "-map_chapters", "-1", "-c:v", "copy", *sound, *MP4, ffmpeg_url(self.sound_part)),
         )
@@ -536,7 +536,7 @@ def read_comment(path: str | os.PathLike) -> dict | None:
     Raises:
         InputError: no such file.
     """
-    result = run_ffmpeg("-i", ffmpeg_url(readable_file(path)), "-f", "ffmetadata", "pipe:1")
+    result = run_ffmpeg(*media_input(readable_file(path)), "-f", "ffmetadata", "pipe:1")
     header = re.split(rb"\n\[", result.stdout)[0]  # before the first [STREAM] or [CHAPTER]
     comment = re.search(rb"^comment=((?:\\.|[^\\\n])*)", header, re.MULTILINE | re.DOTALL)
     return as_record(re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL)) if comment else None
@@ -592,7 +592,7 @@ def same_encoding(path: str | os.PathLike, other: str | os.PathLike) -> bool:
     """Whether two videos have one codec, size, clock and header, so that `VideoWriter.join` can put them together."""
 
     def header(file) -> list[str]:
-        result = run_ffmpeg("-i", ffmpeg_url(file), "-map", "0:V:0", "-c", "copy", "-f", "framehash", "pipe:1")
+        result = run_ffmpeg(*media_input(file), "-map", "0:V:0", "-c", "copy", "-f", "framehash", "pipe:1")
         names = ("#extradata", "#codec_id", "#dimensions", "#tb")
         return [line for line in result.stdout.decode().splitlines() if line.startswith(names)]
 

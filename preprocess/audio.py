@@ -24,13 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError, exit_codes
-from preprocess.ffmpeg import ffmpeg_url, probe_streams, reasons, run_ffmpeg
+from preprocess.ffmpeg import ffmpeg_url, media_input, probe_streams, reasons, run_ffmpeg
 
 logger = logging.getLogger("selfsame")
 
 SAMPLE_RATE = 16000  # of wav2vec2
 SHORTEST = Fraction(1, 25)  # seconds: one video frame
 SILENCE = 1e-4  # of full scale, -80 dB
+LOUDEST = 100  # of full scale: floats may overshoot it, but not by 40 dB
 
 # Filters of ffmpeg: the mean of all channels (names of absent ones are skipped), or of those of each side.
 MIX = {
@@ -64,7 +65,8 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
         (N,) float32 for one channel, (N, 2) for two; full scale is 1.
 
     Raises:
-        InputError: no such file, no sound track, undecodable, NaN or infinite samples, or less than one video frame.
+        InputError: no such file, no sound track, undecodable, samples that are NaN, infinite or no sound by their size,
+            or less than one video frame.
     """
     try:
         streams = probe_streams(path)
@@ -75,7 +77,7 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
     # Not ffmpeg's own mix, which adds up channels at 0.7 each: 3 dB too loud, and over full scale. Nor its default
     # filter, which already takes 3 dB at 7.5 kHz.
     resample = f"{MIX[channels]},aresample={sample_rate}:filter_size=64:cutoff=0.97:first_pts=0"
-    result = run_ffmpeg("-i", ffmpeg_url(path), "-map", "0:a:0", "-af", resample, "-f", "f32le", "pipe:1")
+    result = run_ffmpeg(*media_input(path), "-map", "0:a:0", "-af", resample, "-f", "f32le", "pipe:1")
     if result.returncode != 0:
         reason = reasons(result.stderr, f"exit status {result.returncode}")[0]
         raise InputError(f"{argument} {path} cannot be decoded: {reason}; give another file")
@@ -89,7 +91,11 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
         )
     if not np.isfinite(samples).all():
         raise InputError(f"{argument} {path} has samples that are no numbers (NaN or infinite); export it again")
-    if np.abs(samples).max() < SILENCE:
+    if (peak := np.abs(samples).max()) > LOUDEST:
+        raise InputError(
+            f"{argument} {path} has samples of up to {peak:.3g}, where full scale is 1; export it again, with 16 bits"
+        )
+    if peak < SILENCE:
         logger.warning("%s %s is silent: the mouth will stay still", argument, path)
     return samples[:, 0] if channels == 1 else samples
 
@@ -134,7 +140,7 @@ def extract_sound(path, output):
     with whole_file(output) as part:
         plain = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:a", "+bitexact")
         sound = ("-map", "0:a:0", "-c:a", "pcm_s16le", *plain, "-f", "wav")
-        result = run_ffmpeg("-y", "-i", ffmpeg_url(path), *sound, ffmpeg_url(part))
+        result = run_ffmpeg("-y", *media_input(path), *sound, ffmpeg_url(part))
         reason = reasons(result.stderr, f"exit status {result.returncode}")[-1]
         if "No space left" in reason:
             raise ResourceError(f"cannot write {output}: {reason}; give --output on another disk")

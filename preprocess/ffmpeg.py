@@ -36,6 +36,20 @@ def ffmpeg_url(path: str | os.PathLike) -> str:
     return f"file:{os.path.abspath(path)}"
 
 
+# Demuxers that read one file and nothing beside it. Not here: playlists and lists of files (hls, dash, concat, imf),
+# scripts (avisynth), numbered pictures (image2), drawings with links (svg), and text drawn as pictures (tty).
+FORMATS = (
+    "3g2,3gp,aac,ac3,aiff,amr,ape,apng,asf,au,av1,avi,caf,dnxhd,dsf,dts,dv,eac3,flac,flv,gif,gxf,h264,hevc,ivf,loas,"
+    "m4a,m4v,matroska,mj2,mjpeg,mov,mp3,mp4,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,oma,rm,tak,truehd,tta,vc1,"
+    "voc,vvc,w64,wav,webm,webp_anim,wtv,wv,yuv4mpegpipe"
+)
+
+
+def media_input(path: str | os.PathLike) -> list[str]:
+    """ffmpeg's arguments for a file from outside, read as one of `FORMATS`: no other file and no address is opened."""
+    return ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-i", ffmpeg_url(path)]
+
+
 def readable_file(path: str | os.PathLike) -> Path:
     if not os.path.isfile(path):
         raise InputError(f"{str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}; give a media file")
@@ -63,9 +77,9 @@ def probe_streams(path: str | os.PathLike) -> Streams:
     Raises:
         InputError: missing, or nothing that ffmpeg can read.
     """
-    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", ffmpeg_url(readable_file(path))]
+    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", *media_input(readable_file(path))]
     banner = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
-    if "Input #0" not in banner or "Input #0, tty" in banner:  # tty: ffmpeg would draw a text file as a video
+    if "Input #0" not in banner:
         raise InputError(f"{path} is no audio or video that ffmpeg can read; give an mp4, webm, wav, mp3 or the like")
     lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
     video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from errors import InputError
-from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, has_filter, probe_streams, readable_file, reasons, run_ffmpeg
+from preprocess.ffmpeg import ffmpeg_exe, has_filter, media_input, probe_streams, readable_file, reasons, run_ffmpeg
 from preprocess.video_conversion import constant_rate, conversion_filters
 
 logger = logging.getLogger("selfsame")
@@ -60,7 +60,7 @@ def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, np.
         raise InputError(f"{path} has no video stream; give a video file")
     # framecrc: a header "#key 0: value", then one line a frame: stream, dts, pts, duration, bytes, checksum.
     # Packets would be quicker to count, but a cut file has some that are never shown, and older codecs hide others.
-    command = ["-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
+    command = ["-xerror", *media_input(path), "-map", "0:V:0", "-fps_mode", "passthrough"]
     result = run_ffmpeg(*command, "-enc_time_base", "demux", "-f", "framecrc", "pipe:1")
     lines = result.stdout.decode().splitlines()
     header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
@@ -117,7 +117,7 @@ def stream_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
             *(path, info.fps, (shown == 0).sum(), info.num_frames, (shown > 1).sum()),
         )
     filters = [*filters, "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"]
-    command = ["-xerror", "-i", ffmpeg_url(path), "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", ",".join(filters)]
+    command = ["-xerror", *media_input(path), "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", ",".join(filters)]
     frame_bytes = info.height * info.width * 3
     with tempfile.TemporaryFile() as stderr:  # a pipe that nobody reads could fill up
         process = subprocess.Popen(

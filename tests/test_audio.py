@@ -115,6 +115,7 @@ def unusable(folder):
 
     floats("nan.wav", np.nan)
     floats("infinite.wav", np.inf)
+    floats("loud.wav", 1e30)
     (folder / "text.wav").write_text("RIFF? No, only words.\n" * 50)
     (folder / "empty.wav").touch()
     write_wav(folder / "no_samples.wav", np.zeros(0), 16000)
@@ -123,7 +124,8 @@ def unusable(folder):
     ffmpeg("-i", SPEECH, folder / "whole.m4a")
     (folder / "cut.m4a").write_bytes((folder / "whole.m4a").read_bytes()[:5000])
     return {
-        "nan.wav": "NaN", "infinite.wav": "infinite", "text.wav": "ffmpeg can read", "empty.wav": "ffmpeg can read",
+        "nan.wav": "NaN", "infinite.wav": "infinite", "loud.wav": "up to 1e+30",
+        "text.wav": "ffmpeg can read", "empty.wav": "ffmpeg can read",
         "no_samples.wav": "0 s of sound", "short.wav": "0.03 s of sound; give 0.04 s", "mute.mp4": "no sound track",
         "cut.m4a": "ffmpeg can read", "none.wav": "missing", ".": "a folder",
     }  # fmt: skip

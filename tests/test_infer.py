@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from errors import UserError
+from models.wan.vae import WanVAE
 from pipelines.job_state import JobState
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer, tiny_vae
 from pipelines.video_file import read_metadata
@@ -292,8 +293,18 @@ def test_nan_falls_back_to_native_attention(tmp_path, reference, monkeypatch, ca
 
 def test_nan_with_native_attention_is_an_error(tmp_path, monkeypatch):
     fail_once(monkeypatch, float("nan"))
-    with pytest.raises(UserError, match=r"NaN or infinity at step 2 of 3 .*try --dtype fp32"):
+    with pytest.raises(UserError, match=r"NaN or infinity at step 2 of 3 .*try --dtype fp32") as error:
         make(tmp_path / "out.mp4")
+    assert error.value.exit_code == 4
+
+
+def test_nan_of_the_vae_is_an_error(tmp_path, monkeypatch):
+    stream = WanVAE.decode_stream
+    monkeypatch.setattr(WanVAE, "decode_stream", lambda *args, **kw: (f * float("nan") for f in stream(*args, **kw)))
+    with pytest.raises(UserError, match="the VAE returned NaN or infinity .*try --vae_dtype fp32") as error:
+        make(tmp_path / "out.mp4")
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "out.mp4").exists()
 
 
 # -------------------------------------------------------------------------------------------------------- weights

@@ -10,9 +10,10 @@ import pytest
 
 import preprocess.video as video
 from errors import InputError
-from pipelines.video_file import write_video
+from pipelines.video_file import read_metadata, write_video
 from preprocess import control
-from preprocess.ffmpeg import ffmpeg_exe, run_ffmpeg
+from preprocess.audio import read_audio
+from preprocess.ffmpeg import ffmpeg_exe, probe_streams, run_ffmpeg
 from preprocess.video import probe, read_frames, stream_frames
 from preprocess.video_conversion import StreamFormat, constant_rate
 from tests.test_video_file import decode_sound, noise
@@ -343,3 +344,19 @@ def test_pixels_that_are_not_square_are_said(tmp_path, caplog):
         read_frames(path)
     assert "wide.mp4 has pixels of 4:3 that are taken as square" in caplog.text
     assert run_ffmpeg("-i", path, "-f", "null", "-").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat", "drawing.svg", "0%d.png", "x.wav"])
+def test_a_media_file_opens_no_other(tmp_path, name):
+    """Playlists and lists, by any name, and pictures that stand for others: what they name is never read."""
+    secret = encode(tmp_path / "secret.mp4", levels(3), *LOSSLESS)
+    texts = {
+        "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+        "ffconcat": f"ffconcat version 1.0\nfile {secret.name}\n",
+        "svg": f'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><image href="{secret}"/></svg>',
+    }
+    for kind in ("m3u8", "ffconcat") if name != "drawing.svg" else ("svg",):
+        (tmp_path / name).write_text(texts[kind])
+        for read in (probe, probe_streams, read_audio, read_metadata):
+            with pytest.raises(InputError):
+                read(tmp_path / name)
