@@ -167,6 +167,6 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
             f"{flag} {name}: not available here ({reason}); "
             + ("accepted are auto, cpu, cuda, cuda:N, mps" if flag == "--device" else "leave it out")
         ) from error
-    if device.type == "cuda" and has_conv3d_defect():
+    if flag == "--device" and device.type == "cuda" and has_conv3d_defect():
         logger.warning("cuDNN 9.8 to 9.10 may decode wrong pixels; install what requirements.txt names")
     return device
