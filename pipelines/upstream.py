@@ -17,7 +17,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from errors import UsageError
+from errors import UsageError, WeightsError
 
 logger = logging.getLogger("selfsame")
 
@@ -178,6 +178,15 @@ def check_conditioning(args: Namespace, variant) -> None:
 
 
 def modules_in(path: Path) -> list[str]:
-    """--extra_module_root is a file, or a folder whose safetensors files are all applied."""
+    """--extra_module_root is a file, or a folder whose safetensors files are all applied.
+
+    Raises:
+        WeightsError: there is nothing.
+    """
+    if not path.exists():
+        raise WeightsError(
+            f"--extra_module_root {path}: no such file; download_models.py --only svi-shot (or -film, -tom, …) puts "
+            "them into checkpoints/Stable-Video-Infinity"
+        )
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return [str(file) for file in files or [path]]

@@ -20,7 +20,7 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from configs import load_config
-from errors import UsageError
+from errors import UsageError, WeightsError
 from models.pose_embedder import KEY
 from pipelines.avatar_settings import resolve_avatar
 from pipelines.control_video import resolve_vace_settings
@@ -301,6 +301,8 @@ def test_what_would_make_another_video_is_refused(media, flags, words):
         resolve_long_video(infer_long_video.parse_args(command))
     with pytest.raises(UsageError, match="--data_root data: a run makes one sample"):
         resolve_long_video(infer_long_video.parse_args(["--data_root", "data"]))
+    with pytest.raises(WeightsError, match="--extra_module_root weights/svi-tom.safetensors: no such file"):
+        resolve_long_video(infer_long_video.parse_args(["--extra_module_root", "weights/svi-tom.safetensors"]))
 
 
 def test_a_lora_without_a_telling_name_is_of_the_variant_that_the_command_describes(media, tmp_path):
