@@ -26,6 +26,7 @@ import numpy
 from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
+from pipelines.progress_bars import ProgressBars
 from pipelines.video_file import read_metadata
 from preprocess.face_detection import load_recogniser, recogniser_is_there
 from preprocess.face_score import FaceScorer
@@ -221,7 +222,9 @@ def report(
     likeness: Callable[[numpy.ndarray], float | None] | None = None,
 ) -> str:
     """Measure a video and write NAME.drift.tsv and NAME.drift.png beside it. Returns the table."""
-    rows = measure_clips(stream_frames(path), clip_starts(path, clip_frames), likeness)
+    with ProgressBars().work("measuring drift", probe(path).num_frames, "frame") as bar:
+        frames = (bar.advance() or frame for frame in stream_frames(path))
+        rows = measure_clips(frames, clip_starts(path, clip_frames), likeness)
     table = as_table(rows)
     path.with_suffix(".drift.tsv").write_text(table + "\n", encoding="utf-8")
     write_png(path.with_suffix(".drift.png"), draw(rows), overwrite=True)

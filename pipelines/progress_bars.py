@@ -12,17 +12,20 @@ The estimate is for all of the run, from the mean time of a step and of what lie
 writing, encoding), as far as this run has seen them.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from models.wan.vae import WanVAE
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.wan.vae import WanVAE
 
 logger = logging.getLogger("selfsame")
 
@@ -75,11 +78,11 @@ class ProgressBars:
     def begin_part(self, number: int) -> None:
         self.part, self.done = number, 0
 
-    def steps(self, label: str, unit: str = "step") -> "StepBar":
+    def steps(self, label: str, unit: str = "step") -> StepBar:
         """The steps of this part."""
         return StepBar(self, self._named(label), self.num_steps, unit)
 
-    def work(self, label: str, total: int | None, unit: str) -> "Bar":
+    def work(self, label: str, total: int | None, unit: str) -> Bar:
         """Something beside the steps that takes a while too."""
         return Bar(self, self._named(label), total, unit)
 
@@ -123,7 +126,7 @@ class Bar:
         self._bar: tqdm | None = None
         self._next_line = 0.0
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Bar:
         self._bar = tqdm(
             total=self.total,
             initial=self.done,
@@ -160,7 +163,7 @@ class StepBar(Bar):
         """So many are done by an earlier run, or by an attempt before this one."""
         self.done = self.bars.done = step
 
-    def __enter__(self) -> "StepBar":
+    def __enter__(self) -> StepBar:
         self.bars._part_ended()
         super().__enter__()
         self._last, self._is_first = time.monotonic(), True
@@ -192,6 +195,8 @@ class ShownVAE:
 
     def encode(self, video: Tensor, **options) -> Tensor:
         """As `WanVAE.encode`."""
+        import torch  # not for the bars alone
+
         parts = []
         with self._bars.work(self._label, video.shape[2], "frame") as bar:
             for latents in self._vae.encode_stream(video, **options):

@@ -42,6 +42,7 @@ from pipelines.memory import (
     offload_groups,
     stage,
 )
+from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import WeightsFile, check_weights, face_files
@@ -414,7 +415,11 @@ class Wan:
 
     def _encode_prompts(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         encoder = self._load_text_encoder(device)
-        states = {prompt: state.cpu() for prompt, state in zip(prompts, encoder.encode_prompts(prompts), strict=True)}
+        states = {}
+        with ProgressBars(self.processes.rank == 0).work("encoding the prompts", len(prompts), "prompt") as bar:
+            for prompt in prompts:
+                states[prompt] = encoder.encode_prompts([prompt])[0].cpu()
+                bar.advance()
         del encoder
         self._free()
         return states
@@ -423,6 +428,7 @@ class Wan:
         if self.is_tiny:
             return tiny.tiny_text_encoder(self.config).to(device)
         path = self.settings.text_encoder_path or self.base_path
+        logger.info("reading the text encoder from %s", path)
         # On a CPU as the file has it, bfloat16 as released: it stays mapped from disk, where float32 takes 21 GiB.
         on_cpu = device.type == "cpu"
         return load_text_encoder(
