@@ -26,7 +26,7 @@ import torch
 from configs import file_patterns, known_configs, load_config
 from errors import UserError, WeightsError, exit_codes
 from models.wan.attention import usable_backends
-from models.wan.checkpoint import SUFFIXES, read_tensors, weight_files
+from models.wan.checkpoint import SUFFIXES, headers_only, read_tensors, weight_files
 from pipelines.distributed import choose_device, has_conv3d_defect
 from pipelines.memory import GIB, choose_mode, free_bytes, needs_of_config
 from pipelines.record import source_version
@@ -176,7 +176,8 @@ def broken(files: Iterable[Path]) -> Iterable[WeightsError]:
     for file in files:
         try:
             if file.suffix in SUFFIXES:
-                read_tensors(file, nested=("image_proj", "ip_adapter"))
+                with headers_only():
+                    read_tensors(file, nested=("image_proj", "ip_adapter"))
             elif not file.is_file() or file.stat().st_size == 0:
                 yield WeightsError(f"{file}: {'empty' if file.is_file() else 'a link to nothing'}")
             elif is_lfs_pointer(file):

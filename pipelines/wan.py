@@ -230,8 +230,7 @@ class Wan:
 
     def _check_stand_in(self, expert: int) -> None:
         path = self.stand_in_path(expert)
-        tensors = {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}
-        StandIn.from_tensors(tensors, self._meta_transformer(), source=str(path))
+        StandIn.from_tensors(read_tensors(path), self._meta_transformer(), source=str(path))
 
     def _meta_transformer(self) -> WanTransformer:
         """The transformer's shapes, without values."""

@@ -78,8 +78,10 @@ def check_weights(files: Sequence[WeightsFile]) -> None:
     Raises:
         WeightsError: one line.
     """
+    from models.wan.checkpoint import headers_only  # here, because settings without torch use this file too
+
     problems: dict[str, list[WeightsFile]] = {}  # one folder that is not there is one problem of all its parts
-    with _only_errors():
+    with headers_only(), _only_errors():
         for file in files:
             try:
                 file.check()
