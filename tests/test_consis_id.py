@@ -361,7 +361,7 @@ def test_broken_numbers_end_the_run(releases):
 
 def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypatch):
     config = {**json.loads((releases["1.0"] / "transformer/config.json").read_text()), "num_attention_heads": 64}
-    settings, run_config = settings_and_config(releases, "--height", 16000, "--width", 16000)
+    settings, run_config = settings_and_config(releases, "--height", 16000, "--width", 16000, "--memory", "model")
     model = ConsisID(settings, run_config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
     monkeypatch.setattr("pipelines.consis_id.read_json", lambda *_: config | {"LFE_output_dim": 682})
     monkeypatch.setattr(ConsisID, "weights", lambda self: [])  # they are not of that size
