@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     reference = read_reference(settings)  # (H, W, 3) uint8
     scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = AvatarMaker(wan, text, reference, samples)
+    maker = AvatarMaker(wan, text, reference, samples, jobs[0].output.parent)
     made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
     processes.close()
     return made

@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     def make_reported(job: Job) -> Path:
         output = maker.make(job)
         if processes.writes and not settings.no_drift_report:
-            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, likeness=likeness))
+            logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, None, likeness, settings.overwrite))
         return output
 
     made = make_all(make_reported, maker.bars.each(jobs))

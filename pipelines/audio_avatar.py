@@ -43,6 +43,7 @@ from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
+from preprocess.output import allocate
 
 logger = logging.getLogger("selfsame")
 
@@ -89,18 +90,29 @@ class AvatarWan(Wan):
         """The adapter of the transformer that `transformer` returned last."""
         return self.beside()
 
-    def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]], folder: Path) -> list[Tensor]:
         """wav2vec2 features (1, L, D) of parts of a sound, each by itself; on the disk, an hour's take 0.7 GB. The
         encoder is freed before returning.
 
         Args:
             samples: (N,) at 16 kHz.
             ranges: (first, end) of each part; beyond the sound there is silence.
+            folder: where there is room for a file without a name.
+
+        Raises:
+            ResourceError: there is none.
         """
         encoder = self._load_audio_encoder().to(self.device)
         lengths = [num_features(end - first) for first, end in ranges]
         starts = numpy.cumsum([0, *lengths])
-        with tempfile.TemporaryFile() as file:  # its place is kept by the mapping
+        with tempfile.TemporaryFile(dir=folder) as file:  # its place is kept by the mapping
+            try:
+                allocate(file.fileno(), 4 * int(starts[-1]) * encoder.width)
+            except OSError as error:
+                size = readable_bytes(4 * int(starts[-1]) * encoder.width)
+                raise ResourceError(
+                    f"{folder}: {error.strerror} ({size} of sound features); make room there"
+                ) from error
             features = torch.from_numpy(numpy.memmap(file, numpy.float32, "w+", 0, (int(starts[-1]), encoder.width)))
         parts = features.split(lengths)
         with ProgressBars(self.processes.rank == 0).work("encoding the sound", len(parts), "window") as bar:
@@ -170,9 +182,17 @@ class AvatarMaker(VideoMaker):
         wan, text: as for `VideoMaker`.
         reference: from `read_reference`.
         samples: the sound, (N,) float32 at 16 kHz.
+        folder: of the output, for what is too large for the memory.
     """
 
-    def __init__(self, wan: AvatarWan, text: dict[str, Tensor], reference: numpy.ndarray, samples: numpy.ndarray):
+    def __init__(
+        self,
+        wan: AvatarWan,
+        text: dict[str, Tensor],
+        reference: numpy.ndarray,
+        samples: numpy.ndarray,
+        folder: Path = Path(),
+    ):
         super().__init__(wan, text, faces=())
         settings = self.settings
         self.audio_path = settings.audio
@@ -195,7 +215,7 @@ class AvatarMaker(VideoMaker):
             self.condition = frames_condition(shown, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
         choices = (settings.last_window, settings.audio_alignment)
         ranges = [sound_of(window, self.timeline, self.num_latents, *choices) for window in self.windows]
-        self.features = wan.encode_sounds(samples, ranges)
+        self.features = wan.encode_sounds(samples, ranges, folder)
 
     def check_step_cache(self) -> None:
         """What a step cache remembers of every window and branch grows with the video.

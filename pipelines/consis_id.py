@@ -46,10 +46,10 @@ from pipelines.jobs import Job
 from pipelines.memory import Needs, check_memory, choose_mode, free_bytes, free_cached, offload_groups, stage
 from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
+from pipelines.side_file import write_side_picture
 from pipelines.video_file import VideoWriter
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights
-from preprocess.image import write_png
 from preprocess.keypoints import draw_keypoints
 
 logger = logging.getLogger("selfsame")
@@ -198,7 +198,7 @@ class ConsisID:
         """The photo's face as the model is given it; also written as NAME.face0.png beside `output`."""
         face = prepare_face(self.settings, self.base_path, self.device, self.hint)
         free_cached(self.device)
-        write_png(output.with_suffix(".face0.png"), face.picture, overwrite=True)
+        write_side_picture(output.with_suffix(".face0.png"), face.picture, self.settings.overwrite)
         return face
 
     @torch.no_grad()

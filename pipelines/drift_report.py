@@ -27,10 +27,11 @@ from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
 from pipelines.progress_bars import ProgressBars
+from pipelines.side_file import write_side_picture, write_side_table
 from pipelines.video_file import read_metadata
 from preprocess.face_detection import load_recogniser, recogniser_is_there
 from preprocess.face_score import FaceScorer
-from preprocess.image import read_image, write_png
+from preprocess.image import read_image
 from preprocess.video import probe, stream_frames
 
 logger = logging.getLogger("selfsame")
@@ -220,14 +221,19 @@ def report(
     path: Path,
     clip_frames: int | None = None,
     likeness: Callable[[numpy.ndarray], float | None] | None = None,
+    overwrite: bool = False,
 ) -> str:
-    """Measure a video and write NAME.drift.tsv and NAME.drift.png beside it. Returns the table."""
+    """Measure a video and write NAME.drift.tsv and NAME.drift.png beside it. Returns the table.
+
+    Raises:
+        UsageError: something else lies there, and is not to be overwritten.
+    """
     with ProgressBars().work("measuring drift", probe(path).num_frames, "frame") as bar:
         frames = (bar.advance() or frame for frame in stream_frames(path))
         rows = measure_clips(frames, clip_starts(path, clip_frames), likeness)
     table = as_table(rows)
-    path.with_suffix(".drift.tsv").write_text(table + "\n", encoding="utf-8")
-    write_png(path.with_suffix(".drift.png"), draw(rows), overwrite=True)
+    write_side_table(path.with_suffix(".drift.tsv"), table, overwrite)
+    write_side_picture(path.with_suffix(".drift.png"), draw(rows), overwrite)
     return table
 
 
@@ -237,12 +243,13 @@ def main() -> None:
     parser.add_argument("--clip_frames", type=int, help="length of a clip (as recorded, else 81)")
     parser.add_argument("--photo", help="whose likeness is measured (of the first frame's person)")
     parser.add_argument("--antelopv2_path", help="folder of the face models")
+    parser.add_argument("--overwrite", action="store_true", help="also what is no earlier report")
     args = parser.parse_args()
     if args.clip_frames is not None and args.clip_frames < 1:
         parser.error(f"--clip_frames {args.clip_frames}: give a number of frames, 81 for instance")
     probe(args.video)  # its errors come first
     picture = next(stream_frames(args.video)) if args.photo is None else read_image(args.photo, "--photo")
-    print(report(args.video, args.clip_frames, likeness_to(picture, args.antelopv2_path)))
+    print(report(args.video, args.clip_frames, likeness_to(picture, args.antelopv2_path), args.overwrite))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pipelines.denoise import Expert
 from pipelines.face_swap_settings import FaceSwapSettings
 from pipelines.jobs import Job
 from pipelines.progress_bars import ProgressBars
+from pipelines.side_file import write_side_picture
 from pipelines.text_to_video import VideoMaker, cut_face
 from pipelines.video_file import frames_to_uint8
 from pipelines.wan import Wan
@@ -46,7 +47,7 @@ from preprocess.face_paste import (
     soften,
     source_keypoints,
 )
-from preprocess.image import read_image, write_png
+from preprocess.image import read_image
 from preprocess.video import VideoInfo, read_frames
 
 logger = logging.getLogger("selfsame")
@@ -235,7 +236,7 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
     detector, parser = load_detector(settings.antelopv2_path), load_parser(settings.face_parser_path)
     face = cut_face(settings, photo, picture, detector, parser)
     if output is not None:
-        write_png(output.with_suffix(".face0.png"), face.rgb, overwrite=True)
+        write_side_picture(output.with_suffix(".face0.png"), face.rgb, settings.overwrite)
 
     name = settings.input_video
     frames = read_frames(name)  # (F, H, W, 3)

@@ -13,10 +13,11 @@ import logging
 from pathlib import Path
 
 import numpy
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from configs import load_config
-from errors import InputError
+from errors import InputError, ResourceError
 from pipelines.conditions import cover_resize
 from pipelines.distributed import choose_device
 from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
@@ -25,9 +26,11 @@ from pipelines.instant_id_settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.scoring import load_scorer, make_scored
+from pipelines.side_file import MARK, write_side_picture
 from pipelines.weights import WeightsFile
 from preprocess.face_detection import load_recogniser
-from preprocess.image import read_image, write_png
+from preprocess.image import read_image
+from preprocess.output import whole_file
 
 logger = logging.getLogger("selfsame")
 
@@ -73,11 +76,13 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
     maker.free()
     frame = cover_resize(read_image(path), settings.width, settings.height)
     record = read_picture_metadata(path)
-    save_file(
-        {"embedding": guide.embedding, "keypoints": numpy.asarray(guide.keypoints, numpy.float32)},
-        path.with_suffix(".safetensors"),
-    )
-    write_png(path.with_suffix(".keypoints.png"), guide.drawn, overwrite=True)
+    tensors = {"embedding": guide.embedding, "keypoints": numpy.asarray(guide.keypoints, numpy.float32)}
+    try:
+        with whole_file(path.with_suffix(".safetensors")) as part:
+            save_file(tensors, part, {"made_by": MARK})
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{path.with_suffix('.safetensors')}: cannot be written ({error})") from error
+    write_side_picture(path.with_suffix(".keypoints.png"), guide.drawn, settings.overwrite)
     write_picture(path, frame, record | {"cropped_to": [settings.height, settings.width]})  # last: now all is there
     return frame
 

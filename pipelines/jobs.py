@@ -21,6 +21,7 @@ from pathlib import Path
 from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
 from pipelines.settings import Settings
+from pipelines.side_file import refuse_foreign, side_files
 from pipelines.video_file import (
     OutputExistsError,
     free_disk_or_error,
@@ -86,6 +87,10 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
                 standing = "found" if looks_the_same(error.path, settings, prompt, seed) else "refused"
                 jobs.append(Job(prompt, seed, error.path, standing, str(error)))
     refuse_or_warn(jobs)
+    for job in jobs:
+        if not job.standing:
+            for path in side_files(settings, job.output):
+                refuse_foreign(path, settings.overwrite)
     free_disk_or_error(output, sum(not job.standing for job in jobs) * estimate_file_bytes(settings, frames))
     return jobs
 

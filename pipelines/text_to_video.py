@@ -26,11 +26,12 @@ from pipelines.memory import is_out_of_memory, next_mode, stage
 from pipelines.progress_bars import ProgressBars
 from pipelines.record import progress_of
 from pipelines.settings import Settings
+from pipelines.side_file import write_side_picture
 from pipelines.video_file import VideoWriter, frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import FaceImage, load_parser, prepare_face
 from preprocess.face_detection import load_detector
-from preprocess.image import read_image, write_png
+from preprocess.image import read_image
 
 logger = logging.getLogger("selfsame")
 
@@ -64,7 +65,7 @@ def prepare_faces(settings: Settings, output: Path | None = None) -> list[numpy.
     for number, (photo, picture) in enumerate(zip(settings.stand_in_photos, pictures, strict=True)):
         face = cut_face(settings, photo, picture, detector, parser).rgb
         if output is not None:
-            write_png(output.with_suffix(f".face{number}.png"), face, overwrite=True)
+            write_side_picture(output.with_suffix(f".face{number}.png"), face, settings.overwrite)
         faces.append(face)
     return faces
 
@@ -231,7 +232,7 @@ class VideoMaker:
         middle = step.clean.shape[2] // 2
         with self.wan.vae() as vae:
             frame = vae.decode(step.clean[:, :, middle : middle + 1])
-        write_png(job.output.with_suffix(".preview.png"), frames_to_uint8(frame)[0], overwrite=True)
+        write_side_picture(job.output.with_suffix(".preview.png"), frames_to_uint8(frame)[0], self.settings.overwrite)
 
     # ------------------------------------------------------------------------------------------- what a step needs
 

@@ -8,7 +8,6 @@ Phones rotate by EXIF tag, cut-outs carry alpha, scanners write 16 bits and prin
 `Image.open(...).convert("RGB")` gets all of these wrong without a word. Here each becomes what a viewer would show.
 """
 
-import contextlib
 import errno
 import functools
 import io
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError
+from preprocess.output import whole_file
 
 logger = logging.getLogger("selfsame")
 
@@ -85,32 +85,35 @@ def read_image(source, argument="image"):
         raise InputError(f"{name} cannot be decoded: {reason}") from error
 
 
-def write_png(path, picture, *, overwrite=False):
+def write_png(path, picture, *, overwrite=False, text=None):
     """Write (H, W, 3 or 4) uint8 to `path`: beside it first, then renamed, so that no half file is left.
+
+    Args:
+        text: keyword -> text to be kept in the file.
 
     Raises:
         UsageError: `path` exists (without `overwrite`), is a folder, or cannot be written.
         ResourceError: the disk is full.
     """
     import PIL.Image
+    import PIL.PngImagePlugin
 
     path = Path(path)
+    chunks = PIL.PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
     if os.path.isdir(path):
         raise UsageError(f"output {str(path)!r} is a folder; give a file name ending in .png")
     if os.path.exists(path) and not overwrite:
         raise UsageError(f"output {str(path)!r} exists already; choose another name or pass --overwrite")
-    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(np.ascontiguousarray(picture)).save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            PIL.Image.fromarray(np.ascontiguousarray(picture)).save(part, format="PNG", pnginfo=chunks)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"output {str(path)!r}: the disk is full") from error
         raise UsageError(f"output {str(path)!r} cannot be written: {error.strerror or error}") from error
-    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 @functools.lru_cache(maxsize=8)  # a run looks at a photo more than once: it is the same each time, and fetched once

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import subprocess
-import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -119,27 +119,30 @@ def stream_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
     filters = [*filters, "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=rgb24"]
     command = ["-xerror", *media_input(path), "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", ",".join(filters)]
     frame_bytes = info.height * info.width * 3
-    with tempfile.TemporaryFile() as stderr:  # a pipe that nobody reads could fill up
-        process = subprocess.Popen(
-            [ffmpeg_exe(), "-nostdin", "-v", "error", *command, "-f", "rawvideo", "pipe:1"],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            bufsize=frame_bytes,
-        )
-        try:
-            for times in shown:
-                data = process.stdout.read(frame_bytes)
-                if len(data) < frame_bytes:
-                    break
-                for _ in range(times):
-                    yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
-            else:
-                data = process.stdout.read(1)  # nothing may be left
-                if process.wait() == 0 and not data:
-                    return
-        finally:
-            process.kill()
-            process.stdout.close()
-            process.wait()
-        stderr.seek(0)
-        raise InputError(f"{path} cannot be decoded: {reasons(stderr.read(), 'its size changes')[0]}")
+    process = subprocess.Popen(
+        [ffmpeg_exe(), "-nostdin", "-v", "error", *command, "-f", "rawvideo", "pipe:1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=frame_bytes,
+    )
+    said = []
+    listener = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)  # an unread pipe could fill up
+    listener.start()
+    try:
+        for times in shown:
+            data = process.stdout.read(frame_bytes)
+            if len(data) < frame_bytes:
+                break
+            for _ in range(times):
+                yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
+        else:
+            data = process.stdout.read(1)  # nothing may be left
+            if process.wait() == 0 and not data:
+                return
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+        listener.join()
+        process.stderr.close()
+    raise InputError(f"{path} cannot be decoded: {reasons(b''.join(said), 'its size changes')[0]}")
