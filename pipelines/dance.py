@@ -5,6 +5,8 @@ Source: Stable-Video-Infinity `test_svi_dance.py`, `diffsynth/pipelines/svi_vide
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -19,11 +21,19 @@ from pipelines.jobs import Job
 from pipelines.long_video import Existing, LongVideoMaker
 from pipelines.memory import stage
 from pipelines.wan import Wan
+from pipelines.weights import WeightsFile
 from preprocess.video import probe, stream_frames
 
 
 class DanceWan(Wan):
     """A Wan image-to-video model with a pose embedder. It lies in the file of SVI-Dance's LoRA, the first given."""
+
+    def _lora_files(self) -> list[WeightsFile]:
+        files = super()._lora_files()
+        if files:  # the embedder is read after minutes of text encoding, else
+            read = partial(load_pose_embedder, files[0].path, self.transformer_config.dim)
+            files[0] = replace(files[0], read=read)
+        return files
 
     def pose_embedder(self) -> PoseEmbedder:
         if not self.settings.lora_path:  # the tiny model
