@@ -22,7 +22,7 @@ from pipelines.video_file import read_metadata
 from pipelines.wan import Wan
 from preprocess.video import read_frames
 from tests import tiny
-from tests.test_infer import PROJECT, SMALL, make
+from tests.test_infer import PROJECT, SMALL, fail_once, make
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,15 @@ def test_every_choice_makes_the_same_frames(tmp_path, reference, gpu, caplog, me
     record = read_metadata(tmp_path / "out.mp4")
     assert record["ran_with"]["memory"] == memory and record["settings"]["memory"] == "auto"
     assert (record["settings"]["fp8"], record["settings"]["tiled"]) == (False, False)
+
+
+def test_out_of_memory_goes_on_from_what_was_chosen(tmp_path, reference, gpu, monkeypatch, caplog):
+    gpu("model", keeps=False)
+    fail_once(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    assert (make(tmp_path / "out.mp4") == reference).all()
+    assert "with --memory model; going on with group" in caplog.text
+    record = read_metadata(tmp_path / "out.mp4")
+    assert (record["ran_with"]["memory"], record["settings"]["memory"]) == ("group", "auto")
 
 
 def test_what_changes_the_frames_is_recorded_and_made_again_anywhere(tmp_path, reference, gpu):
