@@ -20,7 +20,7 @@ import filelock
 import requests
 from tqdm import tqdm
 
-from configs import download_command, file_patterns
+from configs import download_command, file_patterns, is_inside
 from errors import ResourceError, UsageError, WeightsError
 
 logger = logging.getLogger("selfsame")
@@ -101,6 +101,8 @@ def list_files(config: dict, root: Path) -> list[RemoteFile]:
         ]
         if not found:
             raise WeightsError(f"{repo}: no file {pattern} in this repository (revision {info.sha})")
+        if outside := [file.rfilename for file in found if not is_inside(file.rfilename)]:
+            raise WeightsError(f"{repo}: its file {outside[0][:200]!r} leads out of {folder}; not fetched")
         files |= {file.rfilename: file for file in found}
     return [
         RemoteFile(

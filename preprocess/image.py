@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import logging
+import math
 import os
 import re
 import warnings
@@ -25,6 +26,13 @@ from preprocess.output import whole_file
 logger = logging.getLogger("selfsame")
 
 MAX_PIXELS = 128_000_000  # phones reach 108 megapixels; a decompression bomb (60k x 60k) has 3,600
+WORK_PIXELS = 2**25  # what is larger is halved, thirded, …: whatever becomes of a picture here has a megapixel or so
+MAX_ASPECT = 50  # long side : short side; a panorama has 10
+# Formats of single pictures. Not those by which Pillow would start a program (EPS) or look for further files.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI"),
+    *("DDS", "QOI", "PSD", "ICNS", "SPIDER", "SUN", "XBM", "IM"),
+)
 URL_TIMEOUT = 10  # seconds, for each wait and (times six) for the whole download
 URL_MAX_BYTES = 64 * 2**20
 
@@ -46,10 +54,11 @@ def read_image(source, argument="image"):
 
     Returns:
         (H, W, 3) uint8 RGB: EXIF rotation applied, alpha composited on white, 16 bit and float scaled to 8 bit,
-        CMYK converted, of an animation the first frame (with a warning).
+        CMYK converted, of an animation the first frame (with a warning); above `WORK_PIXELS` scaled down by a whole
+        number (with a message).
 
     Raises:
-        InputError: no such file, unreachable URL, undecodable, or more than `MAX_PIXELS` pixels.
+        InputError: no such file, unreachable URL, undecodable, more than `MAX_PIXELS` pixels, or a mere line of them.
     """
     import PIL.Image
 
@@ -75,7 +84,9 @@ def read_image(source, argument="image"):
     if data.startswith((b"#?RADIANCE", b"#?RGBE")):
         return _decode_high_dynamic_range(data, name)
     try:
-        return _decode(lambda: PIL.Image.open(io.BytesIO(data)), name)
+        PIL.Image.init()
+        formats = [name for name in FORMATS if name in PIL.Image.OPEN]  # builds differ
+        return _decode(lambda: PIL.Image.open(io.BytesIO(data), formats=formats), name)
     except PIL.UnidentifiedImageError as error:
         if data.startswith((b"II*\0", b"MM\0*")):  # Pillow has no float or 32-bit RGB TIFF; OpenCV has
             return _decode_tiff(data, name)
@@ -173,6 +184,16 @@ def _check_size(width, height, name):
             f"{name} {width}x{height} is {width * height / 1e6:.0f} megapixels, "
             f"at most {MAX_PIXELS / 1e6:.0f} are accepted; make it smaller"
         )
+    if not max(width, height) <= MAX_ASPECT * min(width, height):
+        raise InputError(f"{name} {width}x{height} is a line, no picture; at most {MAX_ASPECT}:1 is accepted")
+
+
+def _reduction(width, height):
+    """By which whole number both sides are divided so that `WORK_PIXELS` are left."""
+    factor = 1
+    while (width // factor) * (height // factor) > WORK_PIXELS:
+        factor += 1
+    return factor
 
 
 def _to_rgb(image, name):
@@ -180,8 +201,20 @@ def _to_rgb(image, name):
     import PIL.Image
     import PIL.ImageOps
 
+    factor = _reduction(*image.size)
+    if factor > 1:
+        logger.warning("%s %dx%d is more than is of use here: scaled down by %d", name, *image.size, factor)
+        width, height = image.size
+        image.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))  # JPEG is decoded at 1/2, 1/4, 1/8
     image.load()
-    image = PIL.ImageOps.exif_transpose(image)
+    PIL.ImageOps.exif_transpose(image, in_place=True)
+    if (factor := _reduction(*image.size)) > 1:
+        if image.mode in ("P", "PA", "1"):  # whose values cannot be averaged
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        if image.mode in ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "F"):
+            image = image.reduce(factor)
+        else:  # 16 bits and the like: every so many pixels
+            image = image.resize([side // factor for side in image.size], PIL.Image.NEAREST)
     if image.mode == "CMYK":
         image = _cmyk_to_rgb(image)
     elif image.mode.startswith("I;16"):

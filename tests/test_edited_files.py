@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from configs import LONGEST, load_config
-from errors import InputError, UsageError, UserError
+from errors import InputError, UsageError, UserError, WeightsError
 from pipelines.avatar_settings import resolve_avatar
 from pipelines.consis_id_settings import resolve_consis_id
 from pipelines.control_video import resolve_vace_settings
@@ -258,6 +259,18 @@ def test_downloads_stay_in_their_folder(here, name):
         (here / "mine.yaml").write_text(yaml.safe_dump(edited))
         with pytest.raises(UsageError, match="leads out of the folder"):
             load_config(here / "mine.yaml")
+
+
+def test_a_repository_cannot_name_files_elsewhere(here, monkeypatch):
+    import huggingface_hub
+
+    from models.downloads import list_files
+
+    (here / "mine.yaml").write_text("{description: x, repo: a/b, dest: x, files: {part: '*/x'}, approx_gib: 1}")
+    info = SimpleNamespace(sha="0", siblings=[SimpleNamespace(rfilename="../x", size=1, lfs=None, blob_id="0")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    with pytest.raises(WeightsError, match="leads out of"):
+        list_files(load_config(here / "mine.yaml"), here)
 
 
 @pytest.mark.parametrize(

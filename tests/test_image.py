@@ -204,6 +204,40 @@ def test_bombs_of_the_formats_that_opencv_decodes(tmp_path):
             read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.png", "RGB"), ("b.png", "RGBA"), ("c.png", "P"), ("d.png", "I;16"), ("e.jpg", "RGB")]
+)
+def test_what_is_larger_than_of_use_is_scaled_down(tmp_path, monkeypatch, caplog, name, mode):
+    monkeypatch.setattr(image_module, "WORK_PIXELS", 100 * 60)
+    picture = PIL.Image.new("RGB", (360, 240), (204, 102, 51))  # a colour of the web palette
+    picture = PIL.Image.new(mode, picture.size, 40000) if mode == "I;16" else picture.convert(mode)
+    picture.save(tmp_path / name)
+    pixels = read_image(tmp_path / name)
+    assert pixels.shape == (60, 90, 3)
+    assert abs(pixels.astype(int) - ([156] * 3 if mode == "I;16" else [204, 102, 51])).max() <= 3
+    assert "360x240 is more than is of use here: scaled down by 4" in caplog.text
+
+
+def test_a_scaled_down_photo_stays_upright(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_module, "WORK_PIXELS", 100 * 60)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (360, 240)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (90, 60, 3)
+
+
+def test_a_line_is_no_picture(tmp_path):
+    PIL.Image.new("RGB", (1, 20_000)).save(tmp_path / "line.png")
+    with pytest.raises(InputError, match="1x20000 is a line, no picture"):
+        read_image(tmp_path / "line.png")
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path):
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="of no known picture format"):
+        read_image(tmp_path / "a.eps")
+
+
 # ------------------------------------------------------------------------------------------ URLs
 
 
