@@ -355,7 +355,7 @@ def test_long_prompt_is_cut_with_a_warning(releases, caplog):
 def test_broken_numbers_end_the_run(releases):
     maker = maker_of(releases)
     maker.face_tokens = maker.face_tokens * float("nan")
-    with pytest.raises(UserError, match="not finite after step 1 in torch.float32; try --dtype"):
+    with pytest.raises(UserError, match="latents are NaN or infinite after step 1 in torch.float32; try --dtype"):
         maker.denoise(JOB)
 
 
