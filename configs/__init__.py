@@ -40,8 +40,8 @@ _KEYS: dict[str, object] = {
     "tiny": bool,
     "seed": int,
     "transformer": dict,  # of a tiny model: fields of models.wan.config.WanConfig
-    "vae": dict[str, int | float | bool | str | list],  # of a tiny model: arguments of diffusers' AutoencoderKLWan
-    "text_encoder": dict,  # and fields of transformers' configs; `pipelines.networks` checks them
+    "vae": dict,  # arguments of diffusers' AutoencoderKLWan; `pipelines.networks` checks these parts
+    "text_encoder": dict,  # and fields of transformers' configs
     "image_encoder": dict,
     "audio_encoder": dict,
     "separator": dict[str, float],  # how a vocal separator's spectrum is made

@@ -10,7 +10,17 @@ from models.wan.config import VARIANTS, WanConfig
 PROJECT = Path(__file__).parent.parent
 LARGEST = 2**14  # of any width or length; Wan 14B's widest layer has 13824
 LARGEST_SEED = 2**40
-# What each part of a tiny model says; its `vae` says whatever diffusers' AutoencoderKLWan takes.
+LONGEST_TEXT = 512  # tokens: where prompts are cut
+# What the VAE of a tiny model may say, all that diffusers' AutoencoderKLWan takes; and what each other part has to say.
+VAE: dict[str, object] = {
+    **dict.fromkeys(("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels"), int),
+    **dict.fromkeys(("decoder_base_dim", "patch_size", "scale_factor_temporal", "scale_factor_spatial"), int | None),
+    **dict.fromkeys(("attn_scales", "latents_mean", "latents_std"), list[float]),
+    "dim_mult": list[int],
+    "temperal_downsample": list[bool],
+    "dropout": float,
+    "is_residual": bool,
+}
 PARTS: dict[str, dict[str, object]] = {
     "text_encoder": dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "num_layers"), int),
     "image_encoder": dict.fromkeys(
@@ -88,7 +98,9 @@ def check_networks(config: dict) -> None:
                 raise UsageError(f"{where}: {part} without {', '.join(missing)}; see configs/tiny*.yaml")
             if part != "vace":
                 check_sizes(values, f"{where}: {part}")
-    check_sizes(config["vae"], f"{where}: vae")
+    check_sizes(check_keys(config["vae"], VAE, f"{where}: vae"), f"{where}: vae")
+    if shape.text_len < LONGEST_TEXT:
+        raise UsageError(f"{where}: transformer: text_len is {shape.text_len}, {LONGEST_TEXT} is the least")
     check_fit(config, shape, where)
 
 

@@ -17,6 +17,7 @@ from models.wan.transformer import Prompt
 from pipelines.distributed import Processes
 from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.settings import Settings, resolve_settings
+from pipelines.tiny import tiny_multitalk, tiny_vace, tiny_vae
 from pipelines.wan import Wan
 
 # Command line defaults of upstream: steps, shift, guidance (high, low for two experts), frames, fps, height, width.
@@ -252,6 +253,20 @@ def test_tiny_tokenizer_knows_every_language(text):
 def test_yaml_files_are_plain_data():
     for file in FOLDER.glob("*.yaml"):
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "words"),
+    [
+        (tiny_vace, {"vace": None}, "has no vace, which is needed here"),
+        (tiny_multitalk, {}, "has no multitalk"),
+        (tiny_vae, {"vae": {"base_dim": 4, "z_dim": 16, "dim_mult": []}}, "vae: no network can be made of this"),
+    ],
+)
+def test_a_tiny_model_that_cannot_be_made_says_why(make, changes, words):
+    config = {key: value for key, value in (load_config("tiny") | changes).items() if value is not None}
+    with pytest.raises(UsageError, match=f"config tiny.*{words}"):
+        make(config)
 
 
 class ImageSettings(Settings):

@@ -240,6 +240,8 @@ BOMB = "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]\n" 
         ("base: tiny\nseed: 0\ntransformer: {in_dim: 16, dim: 64, ffn_dim: 8, num_heads: 7, num_layers: 1}", "7 heads"),
         ("base: tiny\nseed: 0\ntext_encoder: {d_modle: 5}", "text_encoder: unknown key d_modle; did you mean d_model?"),
         ("base: tiny\nseed: 0\nvae: {base_dim: 4, z_dim: 48}", "z_dim is 48, but transformer: out_dim is 16"),
+        ("base: tiny\nseed: 0\nvae: {base_dim: x, z_dim: 16}", "vae: base_dim is 'x', expected int"),
+        ("base: tiny\nseed: 0\nvae: {base_dim: 4, z_dmi: 16}", "vae: unknown key z_dmi; did you mean z_dim?"),
         ("base: wan2.1-t2v-14B\nvariant: t2v-14b", "variant is 't2v-14b'; did you mean t2v-14B?"),
         ("base: tiny\nmethod: magic", "method is 'magic', known are standin, instantid, consisid"),
     ],
