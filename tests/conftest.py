@@ -27,3 +27,19 @@ def libraries_are_no_garbage():
     """The scripts free models by gc, which would walk all objects of torch and its kin each time: 0.2 s, often."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """One entry for each call of a transformer in a step."""
+    from models.wan.transformer import WanTransformer
+
+    found, forward = [], WanTransformer.forward
+
+    def counting(self, *args, **kwargs):
+        if not kwargs.get("tokens_only"):
+            found.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer, "forward", counting)
+    return found

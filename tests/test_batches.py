@@ -14,7 +14,6 @@ import infer_audio_avatar
 import infer_long_video
 import infer_with_vace
 from errors import UsageError
-from models.wan.transformer import WanTransformer
 from pipelines.job_state import JobState
 from pipelines.video_file import read_comment, resolve_output, write_video
 from preprocess.image import read_image, write_png
@@ -41,19 +40,6 @@ def batch(output, *flags) -> list[Path]:
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list:
-    found, forward = [], WanTransformer.forward
-
-    def counting(self, *args, **kwargs):
-        if not kwargs.get("tokens_only"):
-            found.append(1)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(WanTransformer, "forward", counting)
-    return found
 
 
 def test_a_stopped_batch_goes_on(tmp_path, monkeypatch, calls, caplog, capsys):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from errors import UserError
-from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE
 from pipelines.avatar_state import AvatarState
 from pipelines.clip_store import ClipStore
@@ -47,20 +46,6 @@ def stop_after(monkeypatch, step: int, run) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(JobState, "save", interrupt)
         run()
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list:
-    """One entry a transformer call of a step."""
-    found, forward = [], WanTransformer.forward
-
-    def counting(self, *args, **kwargs):
-        if not kwargs.get("tokens_only"):
-            found.append(1)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(WanTransformer, "forward", counting)
-    return found
 
 
 def stopped_while_decoding(output, monkeypatch, *flags) -> None:
