@@ -61,7 +61,7 @@ def fill_from_seed(module: nn.Module, seed: int) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def part_of(config: dict, name: str) -> dict:
+def section_of(config: dict, name: str) -> dict:
     """What a config says of one part. Raises UsageError: nothing."""
     if name not in config:
         raise UsageError(f"config {config['name']}: has no {name}, which is needed here; see configs/tiny*.yaml")
@@ -95,7 +95,7 @@ def tiny_image_encoder(config: dict) -> ImageEncoder:
 
 
 def tiny_audio_encoder(config: dict) -> AudioEncoder:
-    model = Wav2Vec2Model(Wav2Vec2Config(mask_time_prob=0.0, **part_of(config, "audio_encoder")))
+    model = Wav2Vec2Model(Wav2Vec2Config(mask_time_prob=0.0, **section_of(config, "audio_encoder")))
     return AudioEncoder(fill_from_seed(model, config["seed"] + 4)).eval()
 
 
@@ -118,20 +118,20 @@ def tiny_stand_in(config: dict, transformer: WanTransformer, expert: int = 0) ->
 def tiny_vace(config: dict) -> VaceBranch:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "eps", "patch_size")}
-    return fill_from_seed(VaceBranch(**same, **part_of(config, "vace")), config["seed"] + 30)
+    return fill_from_seed(VaceBranch(**same, **section_of(config, "vace")), config["seed"] + 30)
 
 
 def tiny_audio_adapter(config: dict) -> AudioAdapter:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "num_layers", "eps")}
-    width = part_of(config, "audio_encoder")["hidden_size"]
+    width = section_of(config, "audio_encoder")["hidden_size"]
     return fill_from_seed(AudioAdapter(**same, audio_dim=width), config["seed"] + 40)
 
 
 def tiny_multitalk(config: dict) -> MultiTalk:
     shape = WanConfig(**config["transformer"])
     same = {name: getattr(shape, name) for name in ("dim", "num_heads", "num_layers", "eps")}
-    return fill_from_seed(MultiTalk(**same, **part_of(config, "multitalk")), config["seed"] + 40)
+    return fill_from_seed(MultiTalk(**same, **section_of(config, "multitalk")), config["seed"] + 40)
 
 
 def tiny_pose_embedder(config: dict) -> PoseEmbedder:
