@@ -34,7 +34,7 @@ from pipelines.arguments import (
     add_instant_id_arguments,
     add_lora_arguments,
 )
-from pipelines.upstream import add_svi_arguments
+from pipelines.upstream import add_svi_arguments, samples_of
 
 logger = logging.getLogger("selfsame")
 
@@ -62,6 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
     long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
     long.add_argument("--pose_path", metavar="VIDEO", help="dance: poses, drawn by python -m preprocess.control pose")
+    long.add_argument(
+        "--remove_pose", action="store_true", default=None, help="dance: poses say how long it is, and lead nothing"
+    )
+    long.add_argument("--data_root", metavar="FOLDER", help="a video of each folder in it: its picture, its prompt.txt")
     long.add_argument("--output_root", metavar="FOLDER", help="write there, under the picture's name")
     long.add_argument(
         "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
@@ -80,41 +84,58 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> list[Path]:
-    """Make what the arguments ask for; the files that this process made, in the order of the seeds."""
-    from pipelines.jobs import Job, all_done, list_jobs, make_all, settle
+    """Make what the arguments ask for; the files that this process made, in the order of samples and seeds."""
+    from pipelines.jobs import list_jobs
     from pipelines.long_video_settings import resolve_long_video
 
     # Everything that can be refused without torch is refused before it is imported.
-    settings, config, picture = resolve_long_video(args)
-    clips = settings.clips(seed=0)
-    length = sum(len(clip.kept) for clip in clips)
-    jobs = list_jobs(settings, frames=2 * length)  # the clips, and all joined
+    videos = []
+    for sample in samples_of(args):
+        settings, config, picture = resolve_long_video(sample)
+        length = sum(len(clip.kept) for clip in settings.clips(seed=0))
+        jobs = list_jobs(settings, frames=2 * length)  # the clips, and all joined
+        videos.append((settings, config, picture, jobs))
 
-    from pipelines.dance import DanceMaker, DanceWan
     from pipelines.distributed import start_processes
+
+    made = []
+    for *video, jobs in videos:
+        processes = start_processes(video[0].device, video[0].ulysses_degree, video[0].ring_degree)
+        if jobs := processes.own(jobs):  # none where there are more processes than videos
+            made += make_videos(*video, jobs, processes)
+    processes.close()
+    return made
+
+
+def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[Path]:
+    """Make the videos of one picture, a job for each seed.
+
+    Args:
+        settings, config, picture: from `resolve_long_video`.
+        jobs: those of this process.
+        processes: from `start_processes`.
+    """
+    from pipelines.dance import DanceMaker, DanceWan
     from pipelines.drift_report import likeness_to, report
     from pipelines.first_frame import first_frame_files, make_first_frame
+    from pipelines.jobs import Job, all_done, make_all, settle
     from pipelines.long_video import LongVideoMaker, open_existing
     from pipelines.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
 
     driven = {None: (Wan, LongVideoMaker), "audio": (TalkWan, TalkMaker), "pose": (DanceWan, DanceMaker)}
     load, make = driven[settings.driven_by]
-    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     wan = load(settings, config, processes)
-    jobs = processes.own(jobs)
-    if not jobs:  # more processes than videos
-        return []
     wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check()  # LoRAs take memory too
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
-        processes.close()
         return make_all(None, jobs)
     if settings.first_frame is not None:  # SDXL's memory is free again after this
         picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
 
+    clips = settings.clips(seed=0)
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
     maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
     likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
@@ -125,9 +146,7 @@ def main(args: argparse.Namespace) -> list[Path]:
             logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, None, likeness, settings.overwrite))
         return output
 
-    made = make_all(make_reported, maker.bars.each(jobs))
-    processes.close()
-    return made
+    return make_all(make_reported, maker.bars.each(jobs))
 
 
 if __name__ == "__main__":

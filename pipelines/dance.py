@@ -62,6 +62,8 @@ class DanceMaker(LongVideoMaker):
 
     def prepare_condition(self, clip: Clip, handed: Tensor | None, is_last: bool) -> None:
         super().prepare_condition(clip, handed, is_last)
+        if self.settings.remove_pose:
+            return
         settings, processes = self.settings, self.wan.processes
         # Where the video ends with the poses, the last clip may reach beyond them.
         starts_over = settings.video_frames is None
@@ -75,7 +77,7 @@ class DanceMaker(LongVideoMaker):
 
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
         """The poses lead all guidance branches, as in upstream's script."""
-        return [*super().plugins(index, transformer), self.pose]
+        return [*super().plugins(index, transformer), *([] if self.pose is None else [self.pose])]
 
     def metadata(self, job: Job) -> dict:
         return super().metadata(job) | {"poses": self.pose_hash}  # sha256 of the file

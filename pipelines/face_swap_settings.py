@@ -37,13 +37,19 @@ def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInf
     """Settings, config and measurements of the input video.
 
     Raises:
-        UsageError: values out of bounds, or a flag for what the video decides.
+        UsageError: values out of bounds, or a size, which the video decides.
         InputError: a video that cannot be read.
         ResourceError: a video that does not fit into memory.
     """
-    for name in ("height", "width", "fps"):
+    for name in ("height", "width"):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name}: a face swap keeps the input video's; leave it out, or convert the video first")
+    if args.fps is not None:  # upstream's flag
+        logger.warning(
+            "--fps %g has no effect: a face swap keeps the input video's rate, and its sound; upstream plays the same "
+            "frames at --fps, faster or slower than they were filmed",
+            args.fps,
+        )
     settings, config = resolve_settings(args, FaceSwapSettings)
     strength = settings.denoising_strength
     if not (isinstance(strength, int | float) and 0 < strength <= 1):

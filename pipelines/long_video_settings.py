@@ -27,7 +27,7 @@ from pipelines.control_video import probe_argument
 from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
 from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, check_values, is_record, resolve_settings
-from pipelines.upstream import check_conditioning, read_svi_command, variant_like
+from pipelines.upstream import conditioning_as_trained, read_svi_command, variant_like
 from pipelines.video_file import read_metadata, safe_name
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
@@ -135,6 +135,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     multitalk_path: str | None = None
     audio_guidance_scale: float | None = None
     pose_path: str | None = None  # of one driven by poses
+    remove_pose: bool = False  # they say how long the video is, and lead nothing
     video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
 
     @property
@@ -226,8 +227,9 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     settings, config = resolve_settings(args, LongVideoSettings, brought)
     if args.cfg_scale_audio is not None and settings.driven_by == "audio":
         settings = dataclasses.replace(settings, audio_guidance_scale=args.cfg_scale_audio)
+    motion_frames = conditioning_as_trained(args, Variant.of(settings.variant), settings.num_motion_frames)
+    settings = dataclasses.replace(settings, num_motion_frames=motion_frames)
     check_long_video(settings, config)
-    check_conditioning(args, settings.svi)
     settings = with_svi_loras(settings, config)
     check_lora_settings(settings, config, args)
     if settings.extend is not None and args.fps is not None:

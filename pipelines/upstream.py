@@ -4,7 +4,7 @@
     python infer_long_video.py --dit_root FOLDER --extra_module_root svi-film.safetensors …             SVI's
 
 A flag of theirs that means something here works under its name. One that does not is accepted, and a line says why it
-has no effect. One that would make another video than the one that is made here is refused.
+has no effect; where upstream would make another video with it, the line says that.
 
 Source: StableAvatar `inference.py`, `inference.sh`, `multiple_gpu_inference.sh`; Stable-Video-Infinity `test_svi.py`,
 `test_svi_talk.py`, `test_svi_dance.py`, `scripts/test/*.sh`; branch svi_wan22 `inference_svi_2.0.py`,
@@ -17,7 +17,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from errors import UsageError, WeightsError
+from errors import InputError, UsageError, WeightsError
 
 logger = logging.getLogger("selfsame")
 
@@ -40,7 +40,6 @@ SVI: Mapping[str, tuple[int | str | None, str]] = {
     "--repeat_first_clip": (0, "the first clip is given the picture once, as the released weights were"),
     "--use_first_aug": (0, UNUSED),
     "--max_prompts_per_sample": (None, UNUSED),
-    "--test_samples": ("*", "a run makes one sample; README has the loop for a folder of them"),
     "--tile_size": ("+", f"{UNUSED}; --tiled decodes in tiles of this toolkit's size"),
     "--tile_stride": ("+", f"{UNUSED}; --tiled decodes in tiles of this toolkit's size"),
     "--num_persistent_param_in_dit": (None, "--memory decides how much of the model stays on the device"),
@@ -92,7 +91,6 @@ SVI_VALUES = {
     "--dit_root": str,
     "--extra_module_root": str,
     "--cfg_scale_audio": float,
-    "--data_root": str,
     "--ref_pad_num": int,
     "--num_motion_latent": int,
     "--num_overlap_frame": int,
@@ -109,7 +107,7 @@ def add_svi_arguments(group) -> None:
         group.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
     for name, kind in SVI_VALUES.items():
         group.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    group.add_argument("--remove_pose", action="store_true", default=None, help=argparse.SUPPRESS)
+    group.add_argument("--test_samples", nargs="*", help=argparse.SUPPRESS)
     add_flags_without_effect(group, SVI)
 
 
@@ -120,17 +118,8 @@ def read_svi_command(args: Namespace) -> None:
     the video ends with the prompts, after ten clips at most.
 
     Raises:
-        UsageError: two names of one flag; what would make another video here.
+        UsageError: two names of one flag.
     """
-    if args.remove_pose:
-        raise UsageError("--remove_pose: clips that no pose drives are made by --variant shot; leave --pose_path out")
-    if args.data_root is not None and args.ref_image_path is None:
-        raise UsageError(
-            f"--data_root {args.data_root}: a run makes one sample: --ref_image_path {args.data_root}/NAME/frame.jpg "
-            f"--prompt_path {args.data_root}/NAME/prompt.txt; README has the loop over a folder"
-        )
-    if args.data_root is not None:
-        logger.warning("--data_root has no effect: --ref_image_path says which picture, as in upstream's script")
     if args.prompt_prefix == "none":  # upstream's default, written out
         args.prompt_prefix = None
     for theirs, ours in (("dit_root", "base_path"), ("extra_module_root", "lora_path")):
@@ -160,21 +149,90 @@ def variant_like(args: Namespace) -> str | None:
     return VARIANTS_LIKE.get((pad, args.num_motion_frames or 1))
 
 
-def check_conditioning(args: Namespace, variant) -> None:
-    """Whether the conditioning that an SVI command describes is the `Variant`'s, with which its LoRA was trained.
+def conditioning_as_trained(args: Namespace, variant, motion_frames: int | None) -> int | None:
+    """What an SVI command says of the conditioning, held against the `Variant`'s: its LoRA was trained with that, and
+    loses the person under another. A line says of each value that differs what stays in its place.
 
-    Raises:
-        UsageError: it is not; the LoRA would lose the person.
+    Returns:
+        the handed-over frames that were asked for; None, the variant's own, where they differ.
     """
-    trained = f"--variant {variant.name} was trained otherwise (configs/svi-*.yaml say how)"
+    another = "upstream would make another video with it"
+    trained = f"--variant {variant.name} was trained with"
     if args.ref_pad_num is not None and PADDING.get(args.ref_pad_num) != variant.padding:
-        raise UsageError(f"--ref_pad_num {args.ref_pad_num}: {trained}; give another --variant, or leave it out")
+        padding = {**{name: f"{number}, which stays" for number, name in PADDING.items()}, "latents": "latents alone"}
+        logger.warning(
+            "--ref_pad_num %d has no effect: %s %s; %s", args.ref_pad_num, trained, padding[variant.padding], another
+        )
     if args.num_motion_latent not in (None, variant.motion_latents):
-        raise UsageError(f"--num_motion_latent {args.num_motion_latent}: {trained}; leave it out")
+        logger.warning(
+            "--num_motion_latent %d has no effect: %s %d, which stays; %s",
+            *(args.num_motion_latent, trained, variant.motion_latents, another),
+        )
     if args.num_overlap_frame is not None and args.num_overlap_frame != (shared := variant.chain(81).overlap):
         logger.warning("--num_overlap_frame has no effect: clips share %d frames, which are shown once", shared)
     if args.cfg_scale_audio is not None and variant.driven_by != "audio":
         logger.warning("--cfg_scale_audio has no effect: --variant %s hears nothing", variant.name)
+    if args.remove_pose and variant.driven_by != "pose":
+        logger.warning("--remove_pose has no effect: --variant %s sees no poses", variant.name)
+    of_svi = args.dit_root is not None or args.extra_module_root is not None
+    if of_svi and motion_frames not in (None, variant.motion_frames, *variant.motion_frames_too):
+        logger.warning(
+            "--num_motion_frames %d has no effect: %s %d, which stays; %s",
+            *(motion_frames, trained, variant.motion_frames, another),
+        )
+        return None
+    return motion_frames
+
+
+def samples_of(args: Namespace) -> list[Namespace]:
+    """The arguments of each video that a command makes: one, or one for each folder in --data_root (`test_svi.py`).
+    The folder's picture and prompts make it, and it has the folder's name. --test_samples names some of them.
+
+    Raises:
+        UsageError: one file for the videos of a folder.
+        InputError: no such folder, no samples, or one without a picture.
+    """
+    from pipelines.video_file import safe_name  # here, because --help uses this file too
+
+    root = args.data_root
+    if root is None or args.ref_image_path is not None:
+        for name in ("data_root", "test_samples") if root is not None else ("test_samples",):
+            if getattr(args, name) is not None:
+                why = "there is no --data_root" if root is None else "--ref_image_path says which picture"
+                logger.warning("--%s has no effect: %s", name, why)
+        return [args]
+    if not Path(root).is_dir():
+        raise InputError(f"--data_root {root}: no such folder; give one that holds a folder for each sample")
+    if args.output is not None and Path(args.output).suffix.lower() == ".mp4":
+        raise UsageError(f"--output {args.output} with --data_root: each sample has a video of its own; give a folder")
+    there = sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir())
+    chosen = there if not args.test_samples else [name for name in args.test_samples if name in there]
+    for name in set(args.test_samples or ()).difference(there):
+        logger.warning("--test_samples %s: not in %s; the others are made", name, root)
+    if not chosen:
+        raise InputError(f"--data_root {root}: no samples there; each is a folder with a picture and prompt.txt")
+    output = Path(args.output_root or args.output or "outputs")
+    samples = []
+    for name in chosen:
+        given = vars(args) | {"data_root": None, "test_samples": None, "output_root": None}
+        sample = Namespace(**given | {"output": str(output / f"{safe_name(name)}.mp4")})
+        sample.ref_image_path = str(picture_in(Path(root) / name))
+        if args.prompt is None and args.prompt_path is None:
+            sample.prompt_path = str(Path(root) / name / "prompt.txt")
+        samples.append(sample)
+    return samples
+
+
+def picture_in(folder: Path) -> Path:
+    """A sample's picture, as upstream finds it: frame.jpg, else frame.png, else the first JPEG, else the first PNG.
+
+    Raises:
+        InputError: there is none.
+    """
+    for pattern in ("frame.jpg", "frame.png", "*.jp*g", "*.png"):
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise InputError(f"--data_root: no picture in {folder}; put a frame.jpg or frame.png there")
 
 
 def modules_in(path: Path) -> list[str]:

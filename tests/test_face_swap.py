@@ -19,7 +19,7 @@ import infer_face_swap
 from errors import UsageError, UserError
 from pipelines import face_swap
 from pipelines.face_swap import Segment, WindowedExpert, frame_groups, plan_segments, plan_windows, swap_schedule
-from pipelines.face_swap_settings import make_demo_clip
+from pipelines.face_swap_settings import make_demo_clip, resolve_face_swap
 from pipelines.job_state import JobState
 from pipelines.video_file import VideoWriter, read_metadata, write_video
 from preprocess.face_detection import Face
@@ -388,7 +388,6 @@ def test_the_chosen_of_two_people_is_replaced(tmp_path, clip, written):
         (["--denoising_strength", "1.5"], 2, "above 0, to 1"),
         (["--target_face_index", "-1"], 2, "--target_face_index -1"),
         (["--height", "64"], 2, "--height"),
-        (["--fps", "8"], 2, "--fps"),
         (["--no_composite", KEEP], 2, "--no_composite with --force_background_consistency"),
         (["--ip_image", "assets/face.png", "assets/face.png"], 2, "one photo"),
         (["--input_video", "missing.mp4"], 3, "missing.mp4"),
@@ -405,6 +404,15 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, exit_code, wo
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_fps_of_upstream_changes_nothing_and_a_line_says_so(tmp_path, clip, caplog):
+    """Upstream plays the input's frames at --fps, out of step with their sound."""
+    flags = ["--input_video", str(clip), "--fps", "8"]
+    settings, *_ = resolve_face_swap(infer_face_swap.parse_args(flags))
+    assert settings.fps == probe(clip).fps != 8
+    [line] = [line for line in caplog.messages if "--fps" in line]
+    assert "--fps 8 has no effect" in line and "upstream plays" in line
 
 
 def test_bad_videos(tmp_path, clip):

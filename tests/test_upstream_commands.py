@@ -20,7 +20,7 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from configs import load_config
-from errors import UsageError, WeightsError
+from errors import InputError, UsageError, WeightsError
 from models.pose_embedder import KEY
 from pipelines.avatar_settings import resolve_avatar
 from pipelines.control_video import resolve_vace_settings
@@ -29,9 +29,10 @@ from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.long_video_settings import resolve_long_video
 from pipelines.lora import resolve_lora_settings
 from pipelines.tiny import tiny_pose_embedder
+from pipelines.upstream import samples_of
 from pipelines.video_file import read_metadata, write_video
 from preprocess.audio import SAMPLE_RATE, write_wav
-from preprocess.video import probe
+from preprocess.video import probe, read_frames
 from tests.test_long_video import write_lora
 
 PROJECT = Path(__file__).parent.parent
@@ -270,8 +271,8 @@ def test_every_flag_of_upstreams_scripts_is_known(media, tmp_path):
     assert args.step_cache_threshold == 0.2 and not hasattr(args, "sample_shift")
     rest = "--train_architecture lora --ref_pad_cfg --test_samples a b --max_prompts_per_sample 3 --use_first_aug"
     rest += " --repeat_first_clip --tiled --tile_size 30 52 --tile_stride 15 26 --num_persistent_param_in_dit 0"
-    rest += " --seed_times 7 --prompt_prefix none --lora_alpha 0.5 --data_root data --max_width 832 --num_steps 30"
-    rest += " --cfg_scale_audio 3 --frames_per_clip 41"
+    rest += " --seed_times 7 --prompt_prefix none --lora_alpha 0.5 --data_root data --remove_pose"
+    rest += " --max_width 832 --num_steps 30 --cfg_scale_audio 3 --frames_per_clip 41"
     words = ["--config", "tiny-i2v", "--ref_image_path", str(media[".png"]), *rest.split()]
     lora = ["--extra_module_root", str(media["svi-shot.safetensors"])]
     settings = resolve_long_video(infer_long_video.parse_args([*words, *lora]))[0]
@@ -289,20 +290,103 @@ def test_every_flag_of_upstreams_scripts_is_known(media, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--ref_pad_num", "0"], "--ref_pad_num 0: --variant shot was trained otherwise"),
-        (["--num_motion_frames", "5"], "--num_motion_frames 5: --variant shot was trained with 1"),
-        (["--remove_pose"], "--remove_pose"),
-        (["--lora_path", "x.safetensors"], "--extra_module_root is another name for --lora_path"),
+        (["--ref_pad_num", "0"], "--ref_pad_num 0 has no effect: --variant shot was trained with -1, which stays"),
+        (["--num_motion_frames", "5"], "--num_motion_frames 5 has no effect: --variant shot was trained with 1"),
+        (["--num_motion_latent", "2"], "--num_motion_latent 2 has no effect: --variant shot was trained with 0"),
+        (["--remove_pose"], "--remove_pose has no effect: --variant shot sees no poses"),
+        (["--test_samples", "a"], "--test_samples has no effect: there is no --data_root"),
     ],
 )
-def test_what_would_make_another_video_is_refused(media, flags, words):
-    command = ["--config", "tiny-i2v", "--extra_module_root", str(media["svi-shot.safetensors"]), *flags]
-    with pytest.raises(UsageError, match=words):
-        resolve_long_video(infer_long_video.parse_args(command))
-    with pytest.raises(UsageError, match="--data_root data: a run makes one sample"):
-        resolve_long_video(infer_long_video.parse_args(["--data_root", "data"]))
+def test_what_the_lora_was_not_trained_with_stays_out_and_a_line_says_so(media, caplog, flags, words):
+    caplog.set_level(logging.WARNING, "selfsame")
+    command = ["--config", "tiny-i2v", "--extra_module_root", str(media["svi-shot.safetensors"]), "--num_clips", "2"]
+    plain, *_ = resolve_long_video(infer_long_video.parse_args(command))
+    assert not caplog.messages
+    [sample] = samples_of(infer_long_video.parse_args([*command, *flags]))
+    settings, *_ = resolve_long_video(sample)
+    assert settings.svi == plain.svi and settings.clips(0) == plain.clips(0)
+    [line] = [line for line in caplog.messages if "has no effect" in line]
+    assert words in line
+    assert ("upstream would make another video with it" in line) == ("was trained" in line)
+
+
+def test_what_contradicts_or_is_not_there_is_refused(media):
+    command = ["--config", "tiny-i2v", "--extra_module_root", str(media["svi-shot.safetensors"])]
+    with pytest.raises(UsageError, match="--extra_module_root is another name for --lora_path"):
+        resolve_long_video(infer_long_video.parse_args([*command, "--lora_path", "x.safetensors"]))
     with pytest.raises(WeightsError, match="--extra_module_root weights/svi-tom.safetensors: no such file"):
         resolve_long_video(infer_long_video.parse_args(["--extra_module_root", "weights/svi-tom.safetensors"]))
+
+
+def test_remove_pose_leaves_the_poses_out(media, tmp_path):
+    """Upstream's comparison: as long as with the poses, led by none of them."""
+
+    def make(name: str, *flags: str):
+        words = ["--config", "tiny-i2v", "--variant", "dance", "--pose_path", str(media["pose.mp4"])]
+        words += [
+            "--no_drift_report",
+            "--num_clips",
+            "1",
+            "--num_frames",
+            "9",
+            "--output",
+            str(tmp_path / name),
+            *flags,
+        ]
+        [output] = infer_long_video.main(infer_long_video.parse_args(words))
+        return read_frames(output)
+
+    with_poses, without = make("with.mp4"), make("without.mp4", "--remove_pose")
+    assert with_poses.shape == without.shape and (with_poses != without).any()
+    write_video(tmp_path / "others.mp4", [numpy.full((9, 32, 32, 3), 200, numpy.uint8)], fps=30)
+    others = ["--pose_path", str(tmp_path / "others.mp4")]
+    assert (make("others-with.mp4", *others) != with_poses).any()
+    assert (make("others-without.mp4", *others, "--remove_pose") == without).all()
+
+
+@pytest.fixture
+def samples(tmp_path) -> Path:
+    """Two samples as test_svi.py has them, and what is none."""
+    for name, picture, prompt in (("anna", "frame.jpg", "She looks up"), ("ben", "second.png", "He smiles")):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / picture).write_bytes((PROJECT / "assets/face.png").read_bytes())
+        (folder / "prompt.txt").write_text(f'prompts = ["{prompt}"]\n', encoding="utf-8")
+    (tmp_path / "data" / "ben" / "third.png").write_bytes(b"not the first PNG")
+    (tmp_path / "data" / "notes.txt").write_text("no sample\n", encoding="utf-8")
+    return tmp_path / "data"
+
+
+def test_data_root_makes_a_video_of_each_sample(samples, tmp_path):
+    words = ["--config", "tiny-i2v", *SHORT_CLIPS, "9", "--data_root", str(samples), "--output", str(tmp_path / "made")]
+    made = infer_long_video.main(infer_long_video.parse_args(words))
+    assert made == [tmp_path / "made" / "anna.mp4", tmp_path / "made" / "ben.mp4"]
+    assert [read_metadata(video)["settings"]["prompt"] for video in made] == [["She looks up"], ["He smiles"]]
+    before = [video.stat().st_mtime_ns for video in made]
+    assert infer_long_video.main(infer_long_video.parse_args(words)) == made  # done already
+    assert [video.stat().st_mtime_ns for video in made] == before
+
+
+def test_data_root_of_some_samples_and_what_it_needs(samples, tmp_path, caplog):
+    def chosen(*flags: str):
+        return samples_of(infer_long_video.parse_args(["--data_root", str(samples), *flags]))
+
+    [sample] = chosen("--test_samples", "ben", "claire", "--output_root", "videos")
+    assert (sample.ref_image_path, sample.prompt_path) == (
+        str(samples / "ben/second.png"),
+        str(samples / "ben/prompt.txt"),
+    )
+    assert sample.output == "videos/ben.mp4" and "--test_samples claire: not in" in caplog.text
+    assert [sample.prompt_path for sample in chosen("--prompt", "x")] == [None, None]
+    with pytest.raises(UsageError, match=r"--output a.mp4 with --data_root: .* give a folder"):
+        chosen("--output", "a.mp4")
+    with pytest.raises(InputError, match="no samples there"):
+        chosen("--test_samples", "claire")
+    (samples / "anna" / "frame.jpg").unlink()
+    with pytest.raises(InputError, match="no picture in .*anna"):
+        chosen()
+    with pytest.raises(InputError, match="no such folder"):
+        samples_of(infer_long_video.parse_args(["--data_root", str(tmp_path / "nowhere")]))
 
 
 def test_a_lora_without_a_telling_name_is_of_the_variant_that_the_command_describes(media, tmp_path):
