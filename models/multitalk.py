@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from errors import WeightsError
 from models.audio_adapter import OwnTokens
 from models.wan.attention import AttentionKernel
-from models.wan.checkpoint import assign_tensors, read_tensors
+from models.wan.checkpoint import assign_tensors, read_tensors, split_scales
+from models.wan.float8 import use_float8
 from models.wan.transformer import BlockContext, Slots, WanTransformer, cast_linears
 
 WINDOW = 5  # audio frames around each video frame: two before, two after
@@ -229,15 +230,16 @@ def load_multitalk(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
+    fp8: bool = False,
     hint: str = "",
 ) -> MultiTalk:
-    """Read the released multitalk.safetensors for this transformer.
+    """Read the released multitalk.safetensors for this transformer; `dtype`, `device`, `fp8` as for `load_transformer`.
 
     Raises:
         WeightsError: unreadable, no audio layers in it, or keys or shapes that do not fit the transformer.
     """
     tensors = read_tensors(path, hint=hint)
-    return multitalk_from_tensors(tensors, transformer, dtype=dtype, device=device, source=path)
+    return multitalk_from_tensors(tensors, transformer, dtype=dtype, device=device, fp8=fp8, source=path)
 
 
 def multitalk_from_tensors(
@@ -246,9 +248,11 @@ def multitalk_from_tensors(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    fp8: bool = False,
     source: str | Path = "",
 ) -> MultiTalk:
     """Audio layers for this transformer from tensors under the released names, all or error."""
+    tensors, scales = split_scales(tensors)
     config = transformer.config
     try:
         hidden_dim, first_width = tensors["audio_proj.proj1.weight"].shape
@@ -280,9 +284,17 @@ def multitalk_from_tensors(
             token_dim=token_dim,
             eps=config.eps,
         )
+    if fp8:
+        use_float8(layers)
     try:
         assign_tensors(
-            layers, tensors, dtype=dtype, device=device, keep_float32=MultiTalk._keep_in_fp32_modules, source=source
+            layers,
+            tensors,
+            dtype=dtype,
+            device=device,
+            keep_float32=MultiTalk._keep_in_fp32_modules,
+            source=source,
+            scales=scales,
         )
     except WeightsError as error:
         raise WeightsError(

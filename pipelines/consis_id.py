@@ -35,6 +35,7 @@ from models.identity.consis_id import (
     ConsisIDPipeline,
     ConsisIDTransformer,
     load_consis_id,
+    make_extractor,
     read_json,
     split_config,
 )
@@ -43,7 +44,16 @@ from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_network
 from pipelines.consis_id_settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
-from pipelines.memory import Needs, check_memory, choose_mode, free_bytes, free_cached, offload_groups, stage
+from pipelines.memory import (
+    Needs,
+    check_memory,
+    choose_mode,
+    free_bytes,
+    free_cached,
+    offload_groups,
+    size_of,
+    stage,
+)
 from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.side_file import write_side_picture
@@ -149,35 +159,30 @@ class ConsisID:
         """What a run needs, from shapes: the text encoder, or the transformer with one call, or one decoded chunk."""
         face, rest = split_config(config, self.transformer_path)
         with init_empty_weights():
-            transformer = ConsisIDTransformer(face, **rest)
-        whole = sum(p.numel() for p in transformer.parameters())
-        blocks = sum(p.numel() for p in transformer.transformer_blocks.parameters())
-        per_block = blocks // len(transformer.transformer_blocks)
+            transformer, extractor = ConsisIDTransformer(face, **rest), make_extractor(face)
         size = self.dtype.itemsize
-        values = {
-            "resident": whole,
-            "model": whole,
-            "group": whole - blocks + 2 * per_block,
-            "sequential": per_block,
-        }
+        dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        released = dim >= 1024  # figures of the VAE and of T5 are those of the released widths
+        vae = VAE_VALUES * size if released else 0
+        stays = vae + size_of(extractor.to(self.dtype))  # on the device in all modes
+        wide = weights_of(transformer.to(self.dtype), stays)
+        narrow = weights_of(self.to_float8(transformer), stays)  # on the meta device
         frames = (self.settings.num_frames - 1) // 4 + 1
         pixels = self.settings.height * self.settings.width
-        dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         decode = DECODE_BYTES * size // 2 * pixels
-        released = dim >= 1024  # figures of the VAE and of T5 are those of the released widths
         return Needs(
             experts=1,
-            expert=whole * size,
-            expert_fp8=whole,
-            weights={memory: count * size for memory, count in values.items()},
-            weights_fp8=values,
+            expert=wide["model"] - stays,
+            expert_fp8=narrow["model"] - stays,
+            weights=wide,
+            weights_fp8=narrow,
             # Both branches of the guidance at once; of each token its stream, q, k, v, and the wide layer (4 times).
             call=2 * frames * pixels // 256 * 12 * dim * size,
             kept_text=0,
             kept_photos=0,
             text_encoder=T5_VALUES * size if released else 0,
             image_encoder=0,
-            vae=VAE_VALUES * size if released else 0,
+            vae=stays,
             encode=0,
             encode_past=0,
             decode=decode if released else 0,
@@ -233,7 +238,7 @@ class ConsisID:
             transformer, extractor = load_consis_id(self.transformer_path, dtype=self.dtype, hint=self.hint)
             vae = load_vae(self.base_path / "vae", self.dtype, self.hint)
             if self.settings.fp8:
-                transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+                self.to_float8(transformer)  # layer by layer, before the first value goes to the device
             if self.memory in ("group", "sequential"):
                 offload_groups(transformer, self.device, self.memory)
             scheduler = make_scheduler(read_json(self.base_path / "scheduler" / "scheduler_config.json", self.hint))
@@ -243,6 +248,10 @@ class ConsisID:
         if self.memory in ("resident", "model"):
             self._pipeline.transformer.to(self.device)
         return self._pipeline
+
+    def to_float8(self, transformer: ConsisIDTransformer) -> ConsisIDTransformer:
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        return transformer
 
     @torch.no_grad()
     def face_tokens(self, face: FaceCondition) -> Tensor:
@@ -265,6 +274,20 @@ class ConsisID:
                 yield pipeline.vae
         finally:
             pipeline.vae.use_tiling = False
+
+
+def weights_of(transformer: ConsisIDTransformer, stays: int) -> dict[str, int]:
+    """Memory mode -> bytes on the device while denoising. Under `resident` what stays there anyhow, `Needs.vae`, is
+    counted already.
+    """
+    whole, blocks = size_of(transformer), size_of(transformer.transformer_blocks)
+    block = max(map(size_of, transformer.transformer_blocks))
+    return {
+        "resident": whole,
+        "model": whole + stays,
+        "group": whole - blocks + 2 * block + stays,
+        "sequential": block + stays,
+    }
 
 
 class ConsisIDMaker:

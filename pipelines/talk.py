@@ -88,7 +88,14 @@ class TalkWan(Wan):
             self._beside = tiny.tiny_multitalk(self.config).set_compute_dtype(self.dtype)
         else:
             hint = self.hint(load_config(LAYERS))
-            self._beside = load_multitalk(self.multitalk_path, transformer, dtype=self.dtype, device=device, hint=hint)
+            self._beside = load_multitalk(
+                self.multitalk_path,
+                transformer,
+                dtype=self.dtype,
+                device=device,
+                fp8=bool(self.settings.fp8),
+                hint=hint,
+            )
         self._place(self._beside)
         return transformer
 

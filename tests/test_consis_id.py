@@ -22,6 +22,7 @@ from pipelines.consis_id_face import EVA_FILE, RETINAFACE_FILE, FaceCondition
 from pipelines.consis_id_settings import resolve_consis_id
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
+from pipelines.memory import size_of
 from pipelines.video_file import read_metadata
 from preprocess.video import probe, read_frames
 from tests.streamed_offload import stream_group_offloading
@@ -367,6 +368,19 @@ def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypat
     monkeypatch.setattr(ConsisID, "weights", lambda self: [])  # they are not of that size
     with pytest.raises(ResourceError, match="--width 16000 --height 16000 .*--memory group, --tiled"):
         model.check()
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "bf16"], ["--dtype", "bf16", "--fp8"]])
+def test_what_is_estimated_is_what_is_on_the_device(releases, flags):
+    """Norms and embeddings, an eighth of the released weights, stay wide under --fp8."""
+    model = maker_of(releases, *flags, "--memory", "model").model
+    needs = model.needs(json.loads((releases["1.0"] / "transformer/config.json").read_text()))
+    transformer, extractor = size_of(model.pipeline().transformer), size_of(model._extractor)
+    weights = needs.weights_fp8 if "--fp8" in flags else needs.weights
+    assert weights["model"] == transformer + extractor
+    assert weights["resident"] + needs.vae == transformer + extractor
+    assert weights["sequential"] < weights["group"] < weights["model"]
+    assert (needs.expert_fp8 if "--fp8" in flags else needs.expert) == transformer
 
 
 # --------------------------------------------------------------------------------------------------------- weights

@@ -8,6 +8,7 @@ import models.wan.checkpoint as checkpoint
 import tests.tiny as tiny
 from errors import UsageError
 from models.lora import Lora, Pair, attach_loras, lora_changes, merge_loras
+from models.multitalk import load_multitalk
 from models.wan.checkpoint import load_transformer
 from models.wan.float8 import STORAGE, Float8Linear, float8_linears, use_float8
 from models.wan.transformer import WanTransformer
@@ -78,6 +79,49 @@ def test_an_fp8_file_is_kept_with_its_scales_and_computes_what_it_says(scaled):
         assert layer.scale.dtype == torch.float32
     assert (run(kept) == run(widened)).all()
     assert is_mapped(kept.blocks[0].self_attn.q.weight, scaled)
+
+
+@pytest.mark.parametrize("has_scales", [False, True])
+def test_an_e5m2_file_is_kept_too(released, tmp_path, has_scales):
+    """Weights below 2^-9, which e4m3 would round away."""
+    path, stored, linears = tmp_path / "e5m2.safetensors", load_file(released), float8_linears(tiny.transformer())
+    for name in linears:
+        stored[f"{name}.weight"] = (stored[f"{name}.weight"].float() / 1000).to(torch.float8_e5m2)
+        if has_scales:
+            stored[f"{name}.scale_weight"] = torch.tensor(1000.0)
+    save_file(stored, path)
+    kept, widened = load(path, fp8=True), load(path)
+    assert {kept.get_parameter(f"{name}.weight").dtype for name in linears} == {torch.float8_e5m2}
+    assert (run(kept) == run(widened)).all()
+    assert is_mapped(kept.blocks[0].self_attn.q.weight, path)
+
+    name = "blocks.0.self_attn.q.weight"
+    changed = load(path, fp8=True, changes={name: lambda weight: 2 * weight}).get_parameter(name)
+    assert changed.dtype == torch.float8_e5m2 and (changed.float() == 2 * kept.get_parameter(name).float()).all()
+
+
+def test_multitalks_layers_are_cast_as_they_are_read(tmp_path):
+    """They are those of the whole layers cast after; and files in float8 keep their scales."""
+    saved = {name: tensor.to(torch.bfloat16) for name, tensor in tiny.multitalk().state_dict().items()}
+    plain, scaled = tmp_path / "bf16.safetensors", tmp_path / "fp8.safetensors"
+    save_file(saved, plain)
+    name = "blocks.1.audio_cross_attn.kv_linear.weight"
+    scale = saved[name].float().abs().amax() / 448
+    stored = saved | {name: (saved[name].float() / scale).to(STORAGE)}
+    save_file(stored | {name.replace("weight", "scale_weight"): scale}, scaled)
+
+    cast = use_float8(load_multitalk(plain, tiny.transformer()))
+    read = load_multitalk(plain, tiny.transformer(), fp8=True)
+    assert {type(layer) for layer in float8_linears(read).values()} == {Float8Linear}
+    for key, parameter in cast.named_parameters():
+        assert parameter.dtype == read.get_parameter(key).dtype
+        assert (parameter.float() == read.get_parameter(key).float()).all(), key
+
+    kept, wide = load_multitalk(scaled, tiny.transformer(), fp8=True), load_multitalk(scaled, tiny.transformer())
+    assert (kept.get_parameter(name).view(torch.uint8) == stored[name].view(torch.uint8)).all()
+    layer = kept.get_submodule(name.removesuffix(".weight"))
+    widened = (layer.weight.float() * layer.scale).to(torch.bfloat16)
+    assert (widened == wide.get_parameter(name)).all()
 
 
 def test_no_second_tensor_is_wide_at_a_time(released, monkeypatch):

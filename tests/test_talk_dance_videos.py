@@ -12,12 +12,14 @@ from configs import load_config
 from errors import InputError, UsageError, WeightsError
 from models.multitalk import MultiTalk
 from models.pose_embedder import KEY
+from models.wan.float8 import Float8Linear, float8_linears
 from models.wan.transformer import WanTransformer
 from pipelines import dance
 from pipelines.clip_plan import pose_indices
-from pipelines.distributed import Processes
+from pipelines.distributed import Processes, start_processes
 from pipelines.long_video import LongVideoMaker
 from pipelines.long_video_settings import LongVideoSettings, resolve_long_video
+from pipelines.talk import TalkWan
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
 from pipelines.video_file import read_metadata, write_video
 from preprocess import audio
@@ -184,6 +186,19 @@ def test_layers_come_from_the_file_that_is_given(sound, talking, tmp_path):
     assert abs(same.astype(int) - talking[: len(same)]).mean() < 0.1  # mapped weights lie elsewhere in memory
     save_file({name: -tensor for name, tensor in tensors.items()}, tmp_path / "m.safetensors")
     assert abs(make(tmp_path / "other.mp4", *flags).astype(int) - same).mean() > 1
+
+
+def test_audio_layers_of_a_file_are_read_as_float8(sound, tmp_path, monkeypatch):
+    """None of them is wide even before they are placed."""
+    save_file(tiny_multitalk(load_config("tiny-i2v")).state_dict(), tmp_path / "m.safetensors")
+    flags = ("--variant", "talk", "--audio_path", sound, "--multitalk_path", tmp_path / "m.safetensors", "--fp8")
+    args = infer_long_video.parse_args([*SMALL, *map(str, flags)])
+    wan = TalkWan(*resolve_long_video(args), start_processes("cpu"))
+    placed = []
+    monkeypatch.setattr(wan, "_place", lambda layers: placed.append(layers))
+    wan.transformer(0)
+    linears = [type(layer) for layers in placed for layer in float8_linears(layers).values()]
+    assert len(placed) == 2 and set(linears) == {Float8Linear}
 
 
 def test_more_clips_than_the_sound_lasts_are_not_made(sound, caplog):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from errors import WeightsError
 from models.wan.config import WanConfig, detect_config, variant_name
-from models.wan.float8 import STORAGE, use_float8
+from models.wan.float8 import KEPT, STORAGE, use_float8
 from models.wan.transformer import WanTransformer
 
 logger = logging.getLogger("selfsame")
@@ -450,14 +450,15 @@ def _to_float8(
     By way of the compute dtype, as if the model had been read first and cast then.
     """
     shaped = None if scale is None else _shape_scale(scale, tensor).to(device=device)
-    if tensor.dtype == STORAGE and change is None:
+    storage = tensor.dtype if tensor.dtype in KEPT else STORAGE
+    if tensor.dtype == storage and change is None:
         return tensor.to(device=device), shaped
     value = _place(tensor, dtype, device, scale)
     value = change(value) if change is not None else value
     if shaped is not None:
-        largest = torch.finfo(STORAGE).max
+        largest = torch.finfo(storage).max
         value = (value.float() / shaped).clamp(-largest, largest)
-    return value.to(STORAGE), shaped
+    return value.to(storage), shaped
 
 
 def _shape_scale(scale: Tensor, tensor: Tensor) -> Tensor:

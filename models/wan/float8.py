@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STORAGE = torch.float8_e4m3fn
+# What is kept as a file has it. e5m2 reaches down to 2^-16, with a bit less of fraction, e4m3 to 2^-9: cast to it, the
+# small weights would be rounded away.
+KEPT = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Float8Linear(nn.Linear):
-    """y = x (scale · W)ᵀ + b, with W in float8, one number or one per output row as scale, and b as it was."""
+    """y = x (scale · W)ᵀ + b, with W in one of `KEPT`, one number or one per output row as scale, and b as it was."""
 
     scale: Tensor | None = None  # not a buffer: casts of the model must leave it float32
 
