@@ -193,7 +193,7 @@ def test_audio_layers_of_a_file_are_read_as_float8(sound, tmp_path, monkeypatch)
     save_file(tiny_multitalk(load_config("tiny-i2v")).state_dict(), tmp_path / "m.safetensors")
     flags = ("--variant", "talk", "--audio_path", sound, "--multitalk_path", tmp_path / "m.safetensors", "--fp8")
     args = infer_long_video.parse_args([*SMALL, *map(str, flags)])
-    wan = TalkWan(*resolve_long_video(args), start_processes("cpu"))
+    wan = TalkWan(*resolve_long_video(args)[:2], start_processes("cpu"))
     placed = []
     monkeypatch.setattr(wan, "_place", lambda layers: placed.append(layers))
     wan.transformer(0)
