@@ -21,6 +21,7 @@ from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import float8_linears
 from models.wan.transformer import WanTransformer
 from models.wan.vae import Tiling
+from pipelines.pinned import pin_weights, pinned_bytes
 from pipelines.settings import Settings, family_of, has_identity, shape_of
 
 logger = logging.getLogger("selfsame")
@@ -371,6 +372,7 @@ def place(
     """One placement with what it takes: on the device the largest moment of a run, in RAM what waits there."""
     weights = (needs.weights_fp8 if fp8 else needs.weights)[memory]
     expert = needs.expert_fp8 if fp8 else needs.expert
+    expert = pinned_bytes(expert) if memory == "group" else expert
     stays = needs.vae if memory == "resident" else 0
     work, past = (needs.tile, needs.tiles_past) if tiled else (needs.decode, needs.decode_past)
     encode_past = needs.encode_past
@@ -487,8 +489,7 @@ def offload_groups(module: nn.Module, device: torch.device, memory: str, prefetc
         else {"offload_type": "leaf_level"}
     )
     if streams:  # else diffusers pins copies of all weights, while the weights themselves are in RAM too
-        for parameter in module.parameters():
-            parameter.data = parameter.data.pin_memory()
+        pin_weights(module)
     module.enable_group_offload(device, offload_device=torch.device("cpu"), use_stream=streams, **options)
 
 
@@ -505,6 +506,9 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, memory: st
             logger.info("--memory auto: %s", chosen.describe(*free))
     if memory == "group":
         streams = device.type == "cuda"
+        for name, part in pipeline.components.items():
+            if streams and name != "vae" and isinstance(part, nn.Module):
+                pin_weights(part)
         # Not the VAE: a stream's copies of its weights stay float16 when diffusers casts it to decode, in float32.
         pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=streams, exclude_modules="vae")
     elif memory == "resident" or device.type == "cpu":  # a CPU has nowhere to offload to

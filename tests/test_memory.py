@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -14,8 +15,10 @@ import infer
 from configs import known_configs, load_config
 from errors import ResourceError
 from models.wan.config import VARIANTS
+from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE
 from models.wan.vae_layers import StreamState
+from pipelines import pinned
 from pipelines.memory import (
     GIB,
     LADDER,
@@ -28,9 +31,11 @@ from pipelines.memory import (
     needs_of_config,
     next_mode,
     place,
+    place_pipeline,
     table,
 )
 from pipelines.settings import resolve_settings
+from tests import tiny
 
 FLAGS = ["--wan_version", "2.1", "--ip_image", "assets/face.png", "--prompt", "x", "--memory", "model"]
 
@@ -178,6 +183,62 @@ def test_every_model_fits_what_was_free_and_more_memory_is_never_slower(name):
 
 def test_the_table_in_the_readme_is_what_the_function_says(request):
     assert table() in (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ pinned RAM
+
+
+def test_pinned_weights_are_the_same_in_fewer_bytes(monkeypatch):
+    """Pretended: what torch would round up to the next power of two is that already, or it does not count."""
+    taken = []
+    monkeypatch.setattr(pinned, "BUFFER", 2**17)
+    monkeypatch.setattr(
+        pinned, "empty_pinned", lambda size: taken.append(size) or torch.full((size,), 255, dtype=torch.uint8)
+    )
+    model, expected = tiny.transformer().to(torch.bfloat16), tiny.transformer().to(torch.bfloat16)
+    model.head.scale_of_a_test = torch.nn.Parameter(torch.tensor(3.0))  # of another dtype and without an axis
+    pinned.pin_weights(model)
+    for name, parameter in expected.named_parameters():
+        assert (model.get_parameter(name) == parameter).all(), name
+        assert model.get_parameter(name).dtype == parameter.dtype
+    assert model.head.scale_of_a_test == 3
+    assert all(size & (size - 1) == 0 and size <= 2**17 for size in taken) and len(taken) > 2
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(taken)
+    places = sorted((parameter.data_ptr(), parameter.nbytes) for parameter in model.parameters())
+    assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize("itemsize", [2, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pinned_weights_take_what_is_estimated(variant, itemsize):
+    with torch.device("meta"):
+        model = WanTransformer(**VARIANTS[variant].as_dict())
+    sizes = [parameter.numel() * itemsize for parameter in model.parameters()]
+    places, buffers = pinned.plan_buffers(sizes)
+    assert sorted(number for of_buffer in places for number in of_buffer) == list(range(len(sizes)))
+    assert sum(sizes) <= sum(buffers) <= pinned.pinned_bytes(sum(sizes)) <= sum(sizes) + 1.6 * pinned.BUFFER
+    assert sum(buffers) < 0.8 * sum(map(pinned.power_of_two, sizes))  # one by one
+
+
+def test_a_pipelines_parts_are_pinned_but_for_the_vae(monkeypatch):
+    parts = {"unet": torch.nn.Linear(1, 1), "vae": torch.nn.Linear(1, 1), "scheduler": object()}
+    pipeline = type("Pipeline", (), {"components": parts, "enable_group_offload": lambda self, *_, **options: None})()
+    moved = []
+    monkeypatch.setattr("pipelines.memory.pin_weights", moved.append)
+    place_pipeline(pipeline, torch.device("cuda"), "group")
+    assert moved == [parts["unet"]]
+
+
+def test_powers_of_two():
+    assert [pinned.power_of_two(size) for size in (0, 1, 2, 3, 4, 5, 1024, 1025)] == [0, 1, 2, 4, 4, 8, 1024, 2048]
+
+
+def test_weights_that_wait_under_group_are_pinned():
+    def in_ram(memory):
+        return place(needs_of(expert=20, experts=2), memory, False, False, True, True, True).host_bytes / GIB
+
+    assert in_ram("group") - in_ram("model") == 2 and in_ram("sequential") == in_ram("model")
 
 
 # ------------------------------------------------------------------------------------------------ what is estimated
