@@ -24,6 +24,7 @@ is repeated.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from errors import run_script
@@ -81,13 +82,13 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     scorer = load_scorer(settings, settings.score_photos, "--ip_image" if settings.ip_image else "--image")
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
     processes.close()
     return made
 
@@ -109,14 +110,14 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):
         return []
     check_files(settings, config)
-    jobs = settle(jobs, settings, lambda prompt, seed: describe_picture(settings, config, prompt, seed))
+    jobs = settle(jobs, settings, partial(describe_picture, settings, config), processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
     guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
     scorer = load_scorer(settings, settings.ip_image)
     maker = PictureMaker(settings, config, guide, processes.device)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs))
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs), processes)
 
 
 def consis_id(args: argparse.Namespace) -> list[Path]:
@@ -136,16 +137,16 @@ def consis_id(args: argparse.Namespace) -> list[Path]:
         return []
     model = ConsisID(settings, config, processes)
     model.check()
-    jobs = settle(jobs, settings, model.describe)
+    jobs = settle(jobs, settings, model.describe, processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
 
     scorer = load_scorer(model.scoring_settings, settings.ip_image)
     face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
     text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
     maker = ConsisIDMaker(model, face, text)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs))
+    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

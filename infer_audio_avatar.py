@@ -86,13 +86,13 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
 
     reference = read_reference(settings)  # (H, W, 3) uint8
     scorer = load_scorer(settings, settings.score_photos, "--reference_image")
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = AvatarMaker(wan, text, reference, samples, jobs[0].output.parent)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
     processes.close()
     return made
 

@@ -68,14 +68,14 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
 
     output = jobs[0].output if processes.writes else None
     video = open_swap_video(settings, info, 2 * wan.transformer_config.vae_spatial_factor, output)
     scorer = load_scorer(settings, settings.score_photos)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = FaceSwapMaker(wan, text, video, info)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
     processes.close()
     return made
 

@@ -131,7 +131,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
     wan.check()  # LoRAs take memory too
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
     if settings.first_frame is not None:  # SDXL's memory is free again after this
         picture = processes.share(make_first_frame(settings, jobs[0].output) if processes.writes else None)
 
@@ -146,7 +146,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
             logger.info("its clips, drawn in NAME.drift.png:\n%s", report(output, None, likeness, settings.overwrite))
         return output
 
-    return make_all(make_reported, maker.bars.each(jobs))
+    return make_all(make_reported, maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

@@ -53,13 +53,13 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()
-        return make_all(None, jobs)
+        return make_all(None, jobs, processes)
 
     faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
     scorer = load_scorer(settings, settings.score_photos)
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
     maker = VideoMaker(wan, text, faces)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs))
+    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
     processes.close()
     return made
 

@@ -47,6 +47,11 @@ class Processes:
         return self.context_parallel or self.by_windows
 
     @property
+    def split(self) -> bool:
+        """Whether the prompts are split over the processes: each works by itself, without a word to the others."""
+        return self.count > 1 and not self.together
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes files: all do with split prompts, one does with a split video."""
         return self.rank == 0 or not self.together

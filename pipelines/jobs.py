@@ -1,12 +1,12 @@
 """Which videos or pictures a run makes, where they go, and which of them are there already. Without torch: a bad path
 is refused at once.
 
-    jobs = list_jobs(settings)                          # what is there of other settings is refused
-    jobs = settle(jobs, settings, wan.describe)         # what is there of the same settings is done
+    jobs = list_jobs(settings)                                  # what is there of other settings is refused
+    jobs = settle(jobs, settings, wan.describe, processes)      # what is there of the same settings is done
     if all_done(jobs):
-        return make_all(None, jobs)
-    …                                                   # load the model
-    return make_all(maker.make, jobs)
+        return make_all(None, jobs, processes)
+    …                                                           # load the model
+    return make_all(maker.make, jobs, processes)
 """
 
 import glob
@@ -128,10 +128,11 @@ def settle(
 
     Args:
         describe: prompt and seed -> the record of a run, with its "content".
-        processes: of a split video; the first one's files count.
+        processes: of a split video the first one's files count.
 
     Raises:
-        UsageError: nothing is left to be made, and something was refused.
+        UsageError: nothing is left to be made, and something was refused. (With split prompts it is said by `make_all`:
+            the others have prompts of their own.)
     """
     settled = []
     for job in jobs:
@@ -148,14 +149,15 @@ def settle(
                 job = replace(job, standing="refused")
         settled.append(job)
     settled = settled if processes is None else processes.share(settled)
-    refuse_or_warn(settled, said=[job for job in jobs if job.standing == "refused"])
+    said = [job for job in jobs if job.standing == "refused"]
+    refuse_or_warn(settled, said, others_go_on=processes is not None and processes.split)
     return settled
 
 
-def refuse_or_warn(jobs: Sequence[Job], said: Sequence[Job] = ()) -> None:
+def refuse_or_warn(jobs: Sequence[Job], said: Sequence[Job] = (), others_go_on: bool = False) -> None:
     """Say what is in the way; it is an error where that is all there is."""
     refused = [job for job in jobs if job.standing == "refused"]
-    if refused and len(refused) == len(jobs):
+    if refused and len(refused) == len(jobs) and not others_go_on:
         raise UsageError(refused[0].refusal)
     for job in refused:
         if job not in said:
@@ -177,7 +179,7 @@ def clear_leftovers(output: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def make_all(make: Callable[[Job], Path] | None, jobs: Iterable[Job]) -> list[Path]:
+def make_all(make: Callable[[Job], Path] | None, jobs: Iterable[Job], processes=None) -> list[Path]:
     """Make one job after another, and say of each where it is: a line of standard output each, as soon as it is there.
     What is done already is not made again.
 
@@ -185,7 +187,8 @@ def make_all(make: Callable[[Job], Path] | None, jobs: Iterable[Job]) -> list[Pa
         the files that are there now, in the jobs' order.
 
     Raises:
-        UsageError: at the end, for those whose place is taken by something else.
+        UsageError: at the end, for those whose place is taken by something else. Where prompts are split over processes
+            it is a warning: a launcher takes the error for a crash, and ends the processes that still work.
     """
     made, refused = [], []
     for job in jobs:
@@ -195,12 +198,16 @@ def make_all(make: Callable[[Job], Path] | None, jobs: Iterable[Job]) -> list[Pa
         if job.standing == "done":
             logger.info("%s: done already, by the same settings", job.output)
         made.append(job.output if job.standing == "done" else make(job))
-        print(made[-1])
+        if processes is None or processes.writes:
+            print(made[-1])
     if refused:
-        raise UsageError(
+        error = UsageError(
             f"--output: {', '.join(refused)} not made: something of other settings is there; give another name, or add "
             "--overwrite"
         )
+        if processes is None or not processes.split:
+            raise error
+        logger.warning("%s", error)
     return made
 
 
