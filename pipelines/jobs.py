@@ -121,9 +121,7 @@ def record_inside(output: Path) -> dict | None:
         return None
 
 
-def settle(
-    jobs: Sequence[Job], settings: Settings, describe: Callable[[str, int], dict], processes=None
-) -> list[Job]:
+def settle(jobs: Sequence[Job], settings: Settings, describe: Callable[[str, int], dict], processes=None) -> list[Job]:
     """Make sure of what was found: what has the content that this run would make is done, anything else is refused.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -567,3 +568,24 @@ def test_fingerprint_tells_shards_and_large_files_apart(tensors, tmp_path):
         file.seek(30 * 2**20)
         file.write(b"x" * 1_500_000)
     assert fingerprint(large) != empty
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_fingerprint_of_a_large_file_sees_a_change_in_every_tensor(tmp_path, suffix):
+    """Also in a bias that lies between the pieces that are spread over the file."""
+    file = tmp_path / f"large{suffix}"
+    tensors = {"a.weight": torch.zeros(9, 2**20), "b.bias": torch.full((100,), 7.0), "c.weight": torch.zeros(9, 2**20)}
+    save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
+    content = file.read_bytes()
+    whole, bias = fingerprint(file), content.index(struct.pack("<100f", *[7.0] * 100))
+    assert whole.startswith("sampled-sha256:")
+    ends = (bias - 300, bias + 400 + 300)  # of the tensors around it; torch's archive has a header between them
+    for place in (bias, bias + 200, bias + 399, *ends):
+        with open(file, "r+b") as stream:
+            stream.seek(place)
+            stream.write(bytes([content[place] ^ 64]))
+            stream.flush()
+            assert fingerprint(file) != whole, place
+            stream.seek(place)
+            stream.write(content[place : place + 1])
+    assert fingerprint(file) == whole

@@ -11,10 +11,9 @@ import infer_face_swap
 import infer_with_lora
 from errors import UsageError
 from pipelines.face_swap_settings import make_demo_clip
-from preprocess.video import read_frames
 from tests.test_batches import TINY, names, run
-from tests.test_lora import DIALECTS, factors
 from tests.test_distributed import SMALL, torchrun
+from tests.test_lora import DIALECTS, factors
 from tests.tiny_consis_id import write_release
 from tests.tiny_face import write_antelopev2
 from tests.tiny_instant_id import write_instant_id, write_sdxl
@@ -23,14 +22,17 @@ PROJECT = Path(__file__).parent.parent
 PHOTO = ["--ip_image", PROJECT / "assets" / "face.png", "--prompt", "a woman"]
 
 
+LOADS = "wan.Wan.encode_prompts"  # the first that reads weights in full
+
+
 def face_swap(folder):
     clip = make_demo_clip(folder / "clip.mp4", num_frames=5, side=64)
-    return infer_face_swap, ["--input_video", clip, "--num_inference_steps", 2, "--num_frames", 17], "wan.Wan.encode_prompts"
+    return infer_face_swap, ["--input_video", clip, "--num_inference_steps", 2, "--num_frames", 17], LOADS
 
 
 def lora(folder):
     save_file(DIALECTS["Diffusers"](factors()), folder / "lora.safetensors")
-    return infer_with_lora, [*TINY, "--no_face_crop", "--lora_path", folder / "lora.safetensors"], "wan.Wan.encode_prompts"
+    return infer_with_lora, [*TINY, "--no_face_crop", "--lora_path", folder / "lora.safetensors"], LOADS
 
 
 def instant_id(folder):

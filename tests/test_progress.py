@@ -17,7 +17,7 @@ from pipelines.avatar_state import AvatarState
 from pipelines.clip_store import ClipStore
 from pipelines.denoise import Step
 from pipelines.distributed import Processes
-from pipelines.job_state import JobState
+from pipelines.job_state import JobState, checksum, load_state, save_state
 from pipelines.record import hash_of_weights, without_folders
 from pipelines.tiny import tiny_stand_in_tensors
 from pipelines.video_file import read_comment
@@ -185,6 +185,20 @@ def test_a_malformed_state_is_none(tmp_path, kind):
     assert JobState(tmp_path / "out.mp4", IDENTITY).load({}) is None
     assert AvatarState(tmp_path / "out.mp4", IDENTITY, (2, 4, 2, 2), alone).open(torch.zeros(2, 4, 2, 2), True) == 0
     assert ClipStore(tmp_path / "out.mp4", IDENTITY, []).load() == (0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (), (2, 3)], ids=str)
+def test_tensors_of_every_kind_have_a_checksum(tmp_path, dtype, shape):
+    """Empty ones too: the last window of a video hands nothing over."""
+    tensor = torch.ones(shape, dtype=dtype)
+    save_state(tmp_path / "state", {"a": tensor, "turned": torch.ones(2, 3, dtype=dtype).T}, {"step": "1"})
+    tensors, metadata = load_state(tmp_path / "state", "starting over")
+    assert metadata == {"step": "1"}
+    assert tensors["a"].dtype == dtype and tensors["a"].shape == shape and torch.equal(tensors["a"], tensor)
+    assert checksum({"a": tensor}, {}) != checksum({"a": tensor[None]}, {}), "the shape counts"
+    if tensor.numel():
+        assert checksum({"a": tensor}, {}) != checksum({"a": torch.zeros_like(tensor)}, {})
 
 
 def test_config_json_is_part_of_the_weights(tmp_path):

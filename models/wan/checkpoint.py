@@ -10,6 +10,7 @@ prefixed keys, Diffusers' names, fp8 with scales.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -698,14 +699,19 @@ def _read_config_json(folder: Path) -> dict:
 
 _WHOLE_BELOW = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 2**18
+_SMALL_TENSOR, _END_BYTES = 2**17, 2**12  # read whole up to that; of larger ones each end
 
 
 def fingerprint(path: str | Path) -> str:
     """A short name for exactly these weights, for a video's metadata.
 
     `sha256:…` is the plain SHA-256 of one file below 64 MiB. `sampled-sha256:…` covers larger files and folders:
-    of each file its size, its first MiB or whole safetensors header, and 64 pieces of 256 KiB spread evenly from
-    start to end, so that a fine-tune or a merge differs; it is no proof against somebody who hides a change.
+    of each file its size, its first MiB or whole safetensors header, 64 pieces of 256 KiB spread evenly from start to
+    end, and of each tensor all where it is small (a bias, a norm), else both ends: a fine-tune, a merge or one changed
+    layer differs. It is no proof against somebody who hides a change.
+
+    Raises:
+        WeightsError: missing, or a safetensors file whose header is damaged.
     """
     files = weight_files(path)
     if len(files) == 1 and files[0].stat().st_size < _WHOLE_BELOW:
@@ -722,7 +728,29 @@ def fingerprint(path: str | Path) -> str:
             for piece in range(_SAMPLES):
                 stream.seek(max(0, size - _SAMPLE_BYTES) * piece // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
+            for begin, end in _tensor_ranges(file):
+                is_small = end - begin <= _SMALL_TENSOR
+                for start in (begin,) if is_small else (begin, end - _END_BYTES):
+                    stream.seek(start)
+                    digest.update(stream.read(end - begin if is_small else _END_BYTES))
     return f"sampled-sha256:{digest.hexdigest()}"
+
+
+def _tensor_ranges(file: Path) -> list[tuple[int, int]]:
+    """Where each tensor's bytes begin and end, in order: of a safetensors file, or of the archive that torch writes.
+
+    Of other formats, as torch wrote them before 1.6, none.
+    """
+    if file.suffix == ".safetensors":
+        offsets = [entry["data_offsets"] for entry in safetensors_header(file).values()]
+        data = file.stat().st_size - max((end for _, end in offsets), default=0)
+        return sorted((data + begin, data + end) for begin, end in offsets)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            begins = sorted(record.header_offset for record in archive.infolist())
+            return list(itertools.pairwise([*begins, archive.start_dir]))
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return []
 
 
 # -------------------------------------------------------------------------------------------- messages
