@@ -14,8 +14,9 @@ import infer_audio_avatar
 import infer_long_video
 import infer_with_vace
 from errors import UsageError
+from pipelines.clip_store import ClipStore
 from pipelines.job_state import JobState
-from pipelines.video_file import read_comment, resolve_output, write_video
+from pipelines.video_file import VideoWriter, read_comment, resolve_output, write_video
 from preprocess.image import read_image, write_png
 from preprocess.video import read_frames
 from tests.test_infer import SMALL
@@ -176,3 +177,39 @@ def test_every_script_goes_on_after_that(tmp_path, script, cleaned):
     main()
     assert [name for name in names(tmp_path) if "face0" not in name] == ["out.json", "out.mp4"]
     assert read_comment(output)["content"] == json.loads((tmp_path / "out.json").read_text())["content"]
+
+
+@pytest.mark.parametrize("moment", ["finish", "join"])
+@pytest.mark.parametrize("script", ["windows", "long"])
+def test_killed_between_the_last_part_and_the_join(tmp_path, monkeypatch, calls, script, moment):
+    """Its latents are finished, or its frames too: nothing is denoised again, and the frames are an unbroken run's."""
+    if script == "windows":
+        control = tmp_path / "control.mp4"
+        frames = numpy.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), numpy.uint8)
+        write_video(control, [frames], fps=16)
+        module, flags = SCRIPTS["vace"]
+        flags = [*flags, "--num_frames", 9, "--reference_video", control, "--window_frames", 5, "--window_overlap", 1]
+    else:
+        module, flags = SCRIPTS["long"]
+        flags = [*flags, "--num_clips", 2]
+    run(module, *flags, "--output", tmp_path / "whole.mp4")
+    output, kind = tmp_path / "out.mp4", {"finish": ClipStore, "join": VideoWriter}[moment]
+    child = os.fork()
+    if child == 0:
+        method = getattr(kind, moment)
+
+        def deadly(self, *args):
+            if kind is VideoWriter or args[0] is self.clips[-1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            method(self, *args)
+
+        setattr(kind, moment, deadly)
+        run(module, *flags, "--output", output)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not output.exists()
+    assert len(list((tmp_path / ".out.clips").glob("0*.mp4"))) == 2
+    calls.clear()
+    run(module, *flags, "--output", output)
+    assert not calls, "finished steps were computed again"
+    assert (read_frames(output) == read_frames(tmp_path / "whole.mp4")).all()
+    assert not list(tmp_path.glob(".*"))
