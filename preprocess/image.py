@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import stat
 import warnings
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def read_image(source, argument="image"):
         argument: the name of the argument `source` came from, for error messages.
 
     Returns:
-        (H, W, 3) uint8 RGB: EXIF rotation applied, alpha composited on white, 16 bit and float scaled to 8 bit,
+        (H, W, 3) uint8 RGB: EXIF rotation applied, alpha composited on white, 16 and 32 bit and float scaled to 8 bit,
         CMYK converted, of an animation the first frame (with a warning); above `WORK_PIXELS` scaled down by a whole
         number (with a message).
 
@@ -66,19 +67,33 @@ def read_image(source, argument="image"):
         return _decode(lambda: source, f"{argument}:")
 
     name = f"{argument} {str(source)!r}:"
-    if re.match(r"https?://", str(source), re.IGNORECASE):
-        data = _download(str(source), name)
-    else:
-        path = Path(source)
-        try:
-            if path.exists() and not path.is_file():  # a folder, or a pipe that would never end
-                raise InputError(f"{name} is not a file; give one picture (JPEG, PNG, WebP, TIFF, ...)")
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise InputError(f"{name} no such file") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if _is_url(source):
+        return _read(str(source), name).copy()
+    try:
+        about = os.stat(source)
+        if not stat.S_ISREG(about.st_mode):  # a folder, or a pipe that would never end
+            raise InputError(f"{name} is not a file; give one picture (JPEG, PNG, WebP, TIFF, ...)")
+    except FileNotFoundError as error:
+        raise InputError(f"{name} no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return _read(os.path.abspath(source), name, about.st_ino, about.st_mtime_ns, about.st_size).copy()
 
+
+def _is_url(source) -> bool:
+    return re.match(r"https?://", str(source), re.IGNORECASE) is not None
+
+
+# The model looks at a photo, then the face score does, …: within a run it is fetched and decoded once.
+@functools.lru_cache(maxsize=8)
+def _read(source, name, *stamp):
+    """The picture in a file or behind a URL. stamp: what changes when the file is written anew."""
+    import PIL.Image
+
+    try:
+        data = _download(source, name) if _is_url(source) else Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
     if not data:
         raise InputError(f"{name} the file is empty (0 bytes)")
     if data.startswith((b"#?RADIANCE", b"#?RGBE")):
@@ -127,7 +142,6 @@ def write_png(path, picture, *, overwrite=False, text=None):
         raise UsageError(f"output {str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
-@functools.lru_cache(maxsize=8)  # a run looks at a photo more than once: it is the same each time, and fetched once
 def _download(url, name):
     """The bytes behind a URL, within `URL_TIMEOUT` and `URL_MAX_BYTES`."""
     import http.client
@@ -207,6 +221,7 @@ def _to_rgb(image, name):
         width, height = image.size
         image.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))  # JPEG is decoded at 1/2, 1/4, 1/8
     image.load()
+    whole_16_bits = image.mode == "I" and image.format in ("PPM", "PNG")  # their "I" is 0..65535, a TIFF's is not
     PIL.ImageOps.exif_transpose(image, in_place=True)
     if (factor := _reduction(*image.size)) > 1:
         if image.mode in ("P", "PA", "1"):  # whose values cannot be averaged
@@ -217,9 +232,9 @@ def _to_rgb(image, name):
             image = image.resize([side // factor for side in image.size], PIL.Image.NEAREST)
     if image.mode == "CMYK":
         image = _cmyk_to_rgb(image)
-    elif image.mode.startswith("I;16"):
+    elif image.mode.startswith("I;16") or whole_16_bits:
         image = PIL.Image.fromarray(_to_uint8(np.asarray(image).astype(np.uint16), name))
-    elif image.mode in ("I", "F"):  # 16-bit PGM comes as "I", a float TIFF as "F"
+    elif image.mode in ("I", "F"):  # a TIFF of 32 bits or of floats
         image = PIL.Image.fromarray(_to_uint8(np.asarray(image), name))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -242,7 +257,9 @@ def _cmyk_to_rgb(image):
 
 
 def _to_uint8(values, name):
-    """Integer or float samples of any range -> uint8, by the full scale of what they are (not of what they hold)."""
+    """Samples of any range -> uint8. 16 bits are 0..65535; 32 bits and floats carry no scale, and what they hold tells
+    between the usual ones.
+    """
     if values.dtype == np.uint8:
         return values
     if np.issubdtype(values.dtype, np.floating):
@@ -250,25 +267,26 @@ def _to_uint8(values, name):
             raise InputError(f"{name} holds NaN or infinite pixels")
         # Floats carry no scale. A 0..255 picture that stays below 16 would be black, so that much is overshoot of 0..1.
         scale = next((s for s, limit in ((1, 16), (255, 255), (65535, 65535)) if values.max() <= limit), None)
-    else:
-        scale = 65535 if values.max(initial=0) <= 65535 else None
+    elif values.dtype == np.uint16:
+        scale = 65535
+    else:  # what wrapped around, from 2^31 on, is negative
+        in_range = values.min() >= 0
+        scale = next((s for s in (255, 65535) if in_range and values.max() <= s), None)
     if scale is None:
-        raise InputError(f"{name} pixel values up to {values.max():g} have no known scale; save it with 8 or 16 bits")
+        raise InputError(f"{name} pixel values of {values.min():g} to {values.max():g} have no known scale; save it with 8 or 16 bits")
     if scale == 1 or values.dtype != np.uint16:
         logger.info("%s %s pixels read as 0..%d", name, values.dtype, scale)
     return np.rint(np.clip(values.astype(np.float32) / scale, 0, 1) * 255).astype(np.uint8)
 
 
 def _decode_tiff(data, name):
-    """TIFF with several float or 32-bit channels, through OpenCV (its own pixel cap stops bombs)."""
-    import cv2
-
+    """TIFF with several float or 32-bit channels, through OpenCV."""
     width, height = _tiff_size(data, name)
     _check_size(width, height, name)
-    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    values = _opencv_decode(data)
     if values is None:
         raise InputError(f"{name} cannot be decoded: this kind of TIFF is not known; save it as PNG or JPEG")
-    values = _to_uint8(values, name)
+    values = _to_uint8(_reduced(values, name), name)
     if values.ndim == 2:
         return np.stack([values] * 3, axis=-1)
     blue, green, red = (values[..., c].astype(np.float32) for c in range(3))
@@ -277,6 +295,32 @@ def _decode_tiff(data, name):
         alpha = values[..., 3:].astype(np.float32) / 255
         rgb = rgb * alpha + 255 * (1 - alpha)
     return np.rint(rgb).astype(np.uint8)
+
+
+def _opencv_decode(data):
+    """Samples as they are stored, blue first; None where OpenCV cannot read them, of which it says nothing here."""
+    import cv2
+
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+
+
+def _reduced(values, name):
+    """What OpenCV decoded, (H, W) or (H, W, C), of any range, as `_to_rgb` reduces what Pillow decodes."""
+    import cv2
+
+    height, width = values.shape[:2]
+    if (factor := _reduction(width, height)) == 1:
+        return values
+    logger.warning("%s %dx%d is more than is of use here: scaled down by %d", name, width, height, factor)
+    if values.dtype in (np.uint8, np.uint16, np.float32, np.float64):
+        return cv2.resize(values, (width // factor, height // factor), interpolation=cv2.INTER_AREA)
+    return values[::factor, ::factor]  # 32-bit whole numbers, which OpenCV does not average
 
 
 def _tiff_size(data, name):
@@ -296,16 +340,14 @@ def _tiff_size(data, name):
 
 def _decode_high_dynamic_range(data, name):
     """Radiance .hdr: linear light, clipped at 1.0 and brought to sRGB."""
-    import cv2
-
     size = re.search(rb"[-+]Y (\d+) [-+]X (\d+)\n", data[:4096])
     if not size:
         raise InputError(f"{name} cannot be decoded: the HDR header names no size")
     _check_size(int(size[2]), int(size[1]), name)
-    linear = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    linear = _opencv_decode(data)
     if linear is None:
         raise InputError(f"{name} cannot be decoded: the HDR data is damaged")
     logger.warning("%s is HDR: light above 1.0 is clipped", name)
-    linear = np.clip(np.nan_to_num(linear[..., ::-1]), 0, 1)
+    linear = np.clip(np.nan_to_num(_reduced(linear, name)[..., ::-1]), 0, 1)
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.rint(srgb * 255).astype(np.uint8)

@@ -218,6 +218,76 @@ def test_what_is_larger_than_of_use_is_scaled_down(tmp_path, monkeypatch, caplog
     assert "360x240 is more than is of use here: scaled down by 4" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("a.tiff", np.float32), ("b.tiff", np.int32), ("c.hdr", np.float32)])
+def test_so_is_what_opencv_decodes(tmp_path, monkeypatch, caplog, name, dtype):
+    monkeypatch.setattr(image_module, "WORK_PIXELS", 100 * 60)
+    level = 0.5 if dtype is np.float32 else 32768
+    cv2.imwrite(str(tmp_path / name), np.full((240, 360, 3), level, dtype))
+    pixels = read_image(tmp_path / name)
+    assert pixels.shape == (60, 90, 3)
+    assert abs(pixels.astype(int) - (188 if name == "c.hdr" else 128)).max() <= 1  # linear 0.5 is sRGB 0.735
+    assert "360x240 is more than is of use here: scaled down by 4" in caplog.text
+
+
+def tiff_32(values) -> bytes:
+    """A TIFF of one channel of unsigned 32-bit numbers, (H, W)."""
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 32, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: values.nbytes, 339: 1}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the pixels begin
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + values.astype("<u4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("largest", "shown"), [(200, 200), (40_000, 156), (70_000, None), (2**31 + 5, None), (2**32 - 1, None)]
+)
+def test_32_bit_tiff_is_scaled_by_what_it_holds_or_refused(tmp_path, largest, shown):
+    """Pillow reads 2^31 and more as negative, which was black without a word."""
+    (tmp_path / "a.tiff").write_bytes(tiff_32(np.array([[0, largest]], np.uint32)))
+    if shown is None:
+        with pytest.raises(InputError, match="have no known scale; save it with 8 or 16 bits"):
+            read_image(tmp_path / "a.tiff")
+    else:
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tiff")[0, :, 0], [0, shown])
+
+
+@pytest.mark.parametrize(("largest", "shown"), [(200, 200), (40_000, 156), (70_000, None), (-5, None)])
+def test_32_bit_colour_too(tmp_path, largest, shown):
+    cv2.imwrite(str(tmp_path / "a.tiff"), np.array([[[0] * 3, [largest] * 3]], np.int32))
+    if shown is None:
+        with pytest.raises(InputError, match="have no known scale"):
+            read_image(tmp_path / "a.tiff")
+    else:
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tiff"), [[[0] * 3, [shown] * 3]])
+
+
+def test_what_opencv_cannot_read_is_one_line(tmp_path, capfd):
+    cv2.imwrite(str(tmp_path / "a.hdr"), np.full((40, 40, 3), 0.5, np.float32))
+    whole = (tmp_path / "a.hdr").read_bytes()
+    (tmp_path / "a.hdr").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.hdr").write_bytes(whole.replace(b"rgbe", b"xyze"))
+    data = bytearray(tiff_32(np.zeros((4, 4), np.uint32)))
+    at = data.index(struct.pack("<HHI", 258, 4, 1)) + 8
+    data[at : at + 4] = struct.pack("<I", 24)  # bits a sample
+    (tmp_path / "c.tiff").write_bytes(data)
+    for name in ("a.hdr", "b.hdr", "c.tiff"):
+        with pytest.raises(InputError, match="cannot be decoded"):
+            read_image(tmp_path / name)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_photo_is_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    decode = image_module._to_rgb
+    monkeypatch.setattr(image_module, "_to_rgb", lambda image, name: decoded.append(name) or decode(image, name))
+    path = save(tmp_path / "a.png", [[RED, BLUE]])
+    read_image(path)[:] = 0  # what one reader does to it is not seen by the next
+    np.testing.assert_array_equal(read_image(path), [[RED, BLUE]])
+    assert len(decoded) == 1
+    save(path, [[BLUE, RED, RED]])
+    np.testing.assert_array_equal(read_image(path), [[BLUE, RED, RED]])
+
+
 def test_a_scaled_down_photo_stays_upright(tmp_path, monkeypatch):
     monkeypatch.setattr(image_module, "WORK_PIXELS", 100 * 60)
     exif = PIL.Image.Exif()
@@ -264,7 +334,7 @@ def server(tmp_path, monkeypatch):
     png = save(tmp_path / "a.png", [[RED, BLUE]]).read_bytes()
     Pictures.content = {"/a.png": png, "/two%20words.png": png, "/slow.png": png, "/page.jpg": b"<html>hello</html>"}
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    image_module._download.cache_clear()  # a port may come back
+    image_module._read.cache_clear()  # a port may come back
     Pictures.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})

@@ -16,7 +16,7 @@ from pipelines.picture_file import write_picture
 from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
 from pipelines.video_file import read_metadata, write_video
-from preprocess import face_score
+from preprocess import face_score, image
 from preprocess.face_detection import Face, load_recogniser
 from preprocess.face_score import FaceScore, FaceScorer, cosine, sample_pictures
 from preprocess.video import probe, read_frames
@@ -214,6 +214,21 @@ def test_videos_of_stand_in_are_scored(tmp_path, caplog):
     frames = [recogniser(frame)[0].embedding for frame in read_frames(tmp_path / "out.mp4")]
     expected = numpy.mean([cosine(embedding, frame) for frame in frames])
     assert record["face_score"]["cosine"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_decodes_its_photo_once(tmp_path, monkeypatch):
+    """Stand-In and the score both look at it."""
+    decoded = []
+    decode = image._decode
+    monkeypatch.setattr(image, "_decode", lambda open_image, name: decoded.append(name) or decode(open_image, name))
+    photo = tmp_path / "me.png"
+    photo.write_bytes((PROJECT / "assets" / "face.png").read_bytes())
+    root = write_antelopev2(tmp_path / "antelopev2", ((6, 8, 0.9, 3),))
+    small = ["--height", "64", "--width", "64", "--num_frames", "1", "--num_inference_steps", "1", "--no_face_crop"]
+    flags = [*small, "--antelopv2_path", str(root), "--output", str(tmp_path / "out.mp4"), "--ip_image", str(photo)]
+    infer.main(infer.parse_args(flags))
+    assert "face_score" in read_metadata(tmp_path / "out.mp4")
+    assert [str(photo) in name for name in decoded].count(True) == 1
 
 
 def test_the_other_scripts_have_the_gate_too(tmp_path, caplog):
