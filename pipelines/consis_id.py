@@ -333,7 +333,8 @@ class ConsisIDMaker:
         def on_step(pipe: ConsisIDPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
             if not tensors["latents"].isfinite().all():
                 raise WeightsError(
-                    f"latents are NaN or infinite after step {step + 1} in {self.model.dtype}; try --dtype fp32"
+                    f"the model returned NaN or infinity at step {step + 1} of {settings.num_inference_steps} "
+                    f"({self.model.dtype}); try --dtype fp32"
                 )
             progress.advance()
             return {}

@@ -313,13 +313,26 @@ class PictureMaker:
         return job.output
 
     def sample(self, prompt: str, seed: int) -> numpy.ndarray:
-        """(H, W, 3) uint8."""
+        """(H, W, 3) uint8.
+
+        Raises:
+            WeightsError: NaN or infinity on the way; written, they would be black.
+        """
         settings, guide = self.settings, self.guide
         text = {"prompt": prompt, "negative_prompt": settings.negative_prompt}
         scales, ends = settings.controlnet_conditioning_scale, settings.control_guidance_end
         if count := len(self.controls):
             others = settings.control_scale * count if len(settings.control_scale) == 1 else settings.control_scale
             scales, ends = [scales, *others], [ends, *[1.0] * count]
+
+        def on_step(pipe: DiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+            if not tensors["latents"].isfinite().all():
+                raise WeightsError(
+                    f"the model returned NaN or infinity at step {step + 1} of {settings.num_inference_steps} "
+                    f"({pipe.unet.dtype}); try --dtype fp32"
+                )
+            return {}
+
         with stage("drawing the picture", "try --memory sequential, --tiled or a smaller size"):
             if settings.prompt_weighting:
                 text = weighted_embeddings(self.pipeline, prompt, settings.negative_prompt)
@@ -337,9 +350,14 @@ class PictureMaker:
                 height=guide.size[0],
                 width=guide.size[1],
                 generator=torch.Generator("cpu").manual_seed(seed),  # a seed means the same on every device
+                output_type="np",
+                callback_on_step_end=on_step,
                 **text,
             )
-        return numpy.asarray(result.images[0])
+        picture = result.images[0]  # (H, W, 3) in [0, 1]
+        if not numpy.isfinite(picture).all():
+            raise WeightsError(f"the VAE returned NaN or infinity ({self.pipeline.vae.dtype}); try --dtype fp32")
+        return (255 * picture).round().astype(numpy.uint8)
 
     def metadata(self, job: Job) -> dict:
         """What makes this picture this picture: enough to make it again. `settings` is what --config accepts."""

@@ -356,8 +356,18 @@ def test_long_prompt_is_cut_with_a_warning(releases, caplog):
 def test_broken_numbers_end_the_run(releases):
     maker = maker_of(releases)
     maker.face_tokens = maker.face_tokens * float("nan")
-    with pytest.raises(UserError, match="latents are NaN or infinite after step 1 in torch.float32; try --dtype"):
+    words = r"the model returned NaN or infinity at step 1 of \d+ \(torch.float32\); try --dtype fp32"
+    with pytest.raises(UserError, match=words) as error:
         maker.denoise(JOB)
+    assert error.value.exit_code == 4
+
+
+def test_broken_numbers_of_the_vae_end_the_run(releases, monkeypatch, tmp_path):
+    maker = maker_of(releases)
+    monkeypatch.setattr("pipelines.consis_id.decode_stream", lambda *_: iter([torch.full((1, 3, 1, 64, 96), torch.nan)]))
+    with pytest.raises(UserError, match=r"the VAE returned NaN or infinity \(torch.float32\); try --dtype") as error:
+        maker.make(replace(JOB, output=tmp_path / "out.mp4"))
+    assert error.value.exit_code == 4 and not list(tmp_path.iterdir())
 
 
 def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypatch):

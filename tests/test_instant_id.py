@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from diffusers import StableDiffusionXLControlNetImg2ImgPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLControlNetImg2ImgPipeline, UNet2DConditionModel
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from PIL import Image
 from safetensors.numpy import load_file
@@ -365,6 +365,28 @@ def test_group_offloading_through_a_stream_survives_the_upcast_of_the_vae(weight
     for offloaded, resident in zip(pictures["group"], pictures["resident"], strict=True):
         numpy.testing.assert_array_equal(offloaded, resident)
     assert (pictures["group"][0] != pictures["group"][1]).any()
+
+
+def test_broken_numbers_end_the_run(weights, tmp_path, monkeypatch):
+    """A black picture is no picture."""
+    forward, broken = UNet2DConditionModel.forward, []
+
+    def overflow_at_step_2(self, *args, **kwargs):
+        broken.append(1)
+        (noise,) = forward(self, *args, **kwargs)
+        return (noise * (math.nan if len(broken) == 2 else 1),)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(UNet2DConditionModel, "forward", overflow_at_step_2)
+        make(weights, tmp_path / "out.png")
+    words = "the model returned NaN or infinity at step 2 of 2 (torch.float32); try --dtype fp32"
+    assert (str(error.value), error.value.exit_code) == (words, 4)
+
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **more: [decode(*args, **more)[0] * math.nan])
+    with pytest.raises(UserError, match="the VAE returned NaN or infinity .torch.float32.; try --dtype fp32") as error:
+        make(weights, tmp_path / "out.png")
+    assert error.value.exit_code == 4 and not list(tmp_path.iterdir())
 
 
 def test_lcm(weights, tmp_path, reference):
