@@ -1,6 +1,9 @@
 """PNG files with what made them kept inside and beside them, as `video_file` does for videos."""
 
 import contextlib
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy
@@ -8,10 +11,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
-from pipelines.record import whole_record, without_folders
+from pipelines.record import LARGEST_RECORD, whole_record, without_folders
 from pipelines.video_file import as_record, cannot_write, read_record, sidecar_path, to_json, write_new
 from preprocess.output import create_empty, part_of, put_in_place
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNK = "Comment"  # of PNG's registered keywords
 
 
@@ -48,8 +52,35 @@ def read_picture_metadata(path: Path) -> dict:
 
 
 def read_text(path: Path) -> dict | None:
-    """The record in the picture itself, if it has one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as picture:
-        picture.load()  # text may stand behind the pixels
-        return as_record(picture.text[TEXT_CHUNK].encode("utf-8", "backslashreplace"))
+    """The record in the picture itself, if it has one: the first text under our keyword. Pixels are passed over, and
+    so is a text that is larger, or unpacks to more, than `LARGEST_RECORD`.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError, zlib.error, struct.error), open(path, "rb") as file:
+        if file.read(len(SIGNATURE)) != SIGNATURE:
+            return None
+        while header := file.read(8):
+            length, kind = struct.unpack(">I4s", header)
+            if kind in (b"tEXt", b"zTXt", b"iTXt") and length <= LARGEST_RECORD:
+                if (text := text_of(kind, file.read(length))) is not None:
+                    return as_record(text)
+                length = 0
+            file.seek(length + 4, os.SEEK_CUR)  # a checksum ends each chunk
     return None
+
+
+def text_of(kind: bytes, chunk: bytes) -> bytes | None:
+    """UTF-8 text of a chunk, None if it is under another keyword or too large (PNG specification, 11.3.3)."""
+    keyword, _, content = chunk.partition(b"\0")
+    if keyword != TEXT_CHUNK.encode():
+        return None
+    packed = kind == b"zTXt"
+    if kind == b"iTXt":  # flag, method, language\0, translated keyword\0, text
+        packed, content = content[0] == 1, content[2:].split(b"\0", 2)[2]
+    elif packed:  # method, text
+        content = content[1:]
+    if packed:
+        unpacking = zlib.decompressobj()
+        content = unpacking.decompress(content, LARGEST_RECORD)
+        if unpacking.unconsumed_tail:
+            return None
+    return content if kind == b"iTXt" else content.decode("latin-1").encode()

@@ -26,6 +26,8 @@ from pipelines.weights import WeightsFile
 PROJECT = Path(__file__).parent.parent
 SOURCES = ("models", "pipelines", "preprocess")  # whose code decides what comes out
 
+LARGEST_RECORD = 2**26  # bytes; a film's has some thousands
+
 # Not kept in a record, nor taken from one: they say where and how to write, not what.
 OF_ONE_RUN = ("output", "overwrite", "preview")
 # Settings that name media. Their content counts, by hash, and not where it lies.

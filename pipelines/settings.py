@@ -22,7 +22,7 @@ from errors import InputError, UsageError, UserError, WeightsError
 from models.wan.config import WanConfig
 from models.wan.tea_cache import COEFFICIENTS, coefficients_of
 from pipelines.networks import check_networks, shape_of
-from pipelines.record import OF_ONE_RUN
+from pipelines.record import LARGEST_RECORD, OF_ONE_RUN
 from pipelines.weights import find_gguf
 from preprocess.prompts import check_prompt, read_prompts
 
@@ -66,7 +66,6 @@ BOUNDS = {
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
 RECORDS = (".json", ".mp4", ".png")  # where an earlier run's record is: beside what it made, and in it
-LARGEST_RECORD = 2**26  # bytes
 # A setting that a script alone has -> the script: whose record it is.
 WHOSE = {
     "num_clips": "infer_long_video.py",

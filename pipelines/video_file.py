@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError
-from pipelines.record import whole_record, without_folders
+from pipelines.record import LARGEST_RECORD, whole_record, without_folders
 from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, readable_file, reasons, run_ffmpeg
 from preprocess.output import create_empty, part_of, put_in_place
 from preprocess.video import probe
@@ -543,9 +543,9 @@ def read_comment(path: str | os.PathLike) -> dict | None:
 
 
 def read_record(path: Path) -> dict | None:
-    """A record from a JSON file, if it is there."""
+    """A record from a JSON file, if it is there and not larger than `LARGEST_RECORD`."""
     try:
-        return as_record(path.read_bytes())
+        return as_record(path.read_bytes()) if path.stat().st_size <= LARGEST_RECORD else None
     except OSError:
         return None
 

@@ -36,6 +36,8 @@ def ffmpeg_url(path: str | os.PathLike) -> str:
     return f"file:{os.path.abspath(path)}"
 
 
+MAX_PIXELS = 2**26  # of a video's frame: twice what 8K has
+
 # Demuxers that read one file and nothing beside it. Not here: playlists and lists of files (hls, dash, concat, imf),
 # scripts (avisynth), numbered pictures (image2), drawings with links (svg), and text drawn as pictures (tty).
 FORMATS = (
@@ -46,8 +48,11 @@ FORMATS = (
 
 
 def media_input(path: str | os.PathLike) -> list[str]:
-    """ffmpeg's arguments for a file from outside, read as one of `FORMATS`: no other file and no address is opened."""
-    return ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-i", ffmpeg_url(path)]
+    """ffmpeg's arguments for a file from outside, read as one of `FORMATS`: no other file and no address is opened, and
+    no frame of more than `MAX_PIXELS` is decoded.
+    """
+    limits = ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-max_pixels", str(MAX_PIXELS)]
+    return [*limits, "-i", ffmpeg_url(path)]
 
 
 def readable_file(path: str | os.PathLike) -> Path:
@@ -60,6 +65,18 @@ def reasons(stderr: bytes, otherwise: str) -> list[str]:
     """ffmpeg's error lines without the "[component @ address]" in front; `otherwise` if there are none."""
     lines = stderr.decode(errors="replace").strip().splitlines()
     return [re.sub(r"^(\[[^]]*\] *)+", "", line.strip()) for line in lines] or [otherwise]
+
+
+def check_frame_size(path: str | os.PathLike, said: str) -> None:
+    """Whether ffmpeg refused frames for their size. said: its messages.
+
+    Raises:
+        InputError: it did.
+    """
+    if size := re.search(r"Picture size (\d+x\d+) (is invalid|exceeds)", said):
+        raise InputError(
+            f"{path} has frames of {size[1]}, at most {MAX_PIXELS / 1e6:.0f} megapixels are accepted; make it smaller"
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ def probe_streams(path: str | os.PathLike) -> Streams:
     """Which streams a media file has. imageio-ffmpeg brings no ffprobe, so this reads ffmpeg's banner.
 
     Raises:
-        InputError: missing, or nothing that ffmpeg can read.
+        InputError: missing, nothing that ffmpeg can read, or with frames of more than `MAX_PIXELS`.
     """
     command = [ffmpeg_exe(), "-nostdin", "-hide_banner", *media_input(readable_file(path))]
     banner = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
@@ -83,6 +100,11 @@ def probe_streams(path: str | os.PathLike) -> Streams:
         raise InputError(f"{path} is no audio or video that ffmpeg can read; give an mp4, webm, wav, mp3 or the like")
     lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
     video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers
+    size = re.search(r", (\d+)x(\d+)\b", video[0]) if video else None
+    if size and int(size[1]) * int(size[2]) > MAX_PIXELS:  # as the header has it
+        check_frame_size(path, f"Picture size {size[1]}x{size[2]} exceeds")
+    if video and not size:
+        check_frame_size(path, banner)
     rate = re.search(r", ([\d.]+) fps", video[0]) if video else None
     return Streams(
         video=StreamFormat.from_banner(video[0]) if video else None,

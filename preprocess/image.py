@@ -273,7 +273,8 @@ def _to_uint8(values, name):
         in_range = values.min() >= 0
         scale = next((s for s in (255, 65535) if in_range and values.max() <= s), None)
     if scale is None:
-        raise InputError(f"{name} pixel values of {values.min():g} to {values.max():g} have no known scale; save it with 8 or 16 bits")
+        found = f"{values.min():g} to {values.max():g}"
+        raise InputError(f"{name} pixel values of {found} have no known scale; save it with 8 or 16 bits")
     if scale == 1 or values.dtype != np.uint16:
         logger.info("%s %s pixels read as 0..%d", name, values.dtype, scale)
     return np.rint(np.clip(values.astype(np.float32) / scale, 0, 1) * 255).astype(np.uint8)

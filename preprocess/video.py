@@ -17,7 +17,16 @@ from fractions import Fraction
 import numpy as np
 
 from errors import InputError
-from preprocess.ffmpeg import ffmpeg_exe, has_filter, media_input, probe_streams, readable_file, reasons, run_ffmpeg
+from preprocess.ffmpeg import (
+    check_frame_size,
+    ffmpeg_exe,
+    has_filter,
+    media_input,
+    probe_streams,
+    readable_file,
+    reasons,
+    run_ffmpeg,
+)
 from preprocess.video_conversion import constant_rate, conversion_filters
 
 logger = logging.getLogger("selfsame")
@@ -41,7 +50,8 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     """Measure a video by decoding it once: what is damaged is found here, before anything else is begun.
 
     Raises:
-        InputError: missing, damaged (also a file cut off in the middle), or without video.
+        InputError: missing, damaged (also a file cut off in the middle), without video, or with frames of more than
+            `MAX_PIXELS`, none of which is decoded.
     """
     return measure(path)[0]
 
@@ -66,6 +76,7 @@ def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, np.
     header = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
     frames = [line.split(",") for line in lines if not line.startswith("#")]
     if result.returncode != 0 or not frames:
+        check_frame_size(path, result.stderr.decode(errors="replace"))
         raise InputError(f"{path} cannot be read as a video: {reasons(result.stderr, 'no frames in it')[0]}")
     times = [int(frame[2]) * Fraction(header["tb 0"]) for frame in frames]
     last = int(frames[-1][3]) * Fraction(header["tb 0"])

@@ -364,7 +364,8 @@ def test_broken_numbers_end_the_run(releases):
 
 def test_broken_numbers_of_the_vae_end_the_run(releases, monkeypatch, tmp_path):
     maker = maker_of(releases)
-    monkeypatch.setattr("pipelines.consis_id.decode_stream", lambda *_: iter([torch.full((1, 3, 1, 64, 96), torch.nan)]))
+    frames = torch.full((1, 3, 1, 64, 96), torch.nan)
+    monkeypatch.setattr("pipelines.consis_id.decode_stream", lambda *_: iter([frames]))
     with pytest.raises(UserError, match=r"the VAE returned NaN or infinity \(torch.float32\); try --dtype") as error:
         maker.make(replace(JOB, output=tmp_path / "out.mp4"))
     assert error.value.exit_code == 4 and not list(tmp_path.iterdir())

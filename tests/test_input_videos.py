@@ -2,12 +2,15 @@
 
 import gc
 import logging
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import preprocess.ffmpeg as ffmpeg_module
 import preprocess.video as video
 from errors import InputError
 from pipelines.video_file import read_metadata, write_video
@@ -360,3 +363,40 @@ def test_a_media_file_opens_no_other(tmp_path, name):
         for read in (probe, probe_streams, read_audio, read_metadata):
             with pytest.raises(InputError):
                 read(tmp_path / name)
+
+
+# --- frames too large ------------------------------------------------------------------------------------------------
+
+
+def with_frames_of(path: Path, size: int, header: bool) -> Path:
+    """An AVI of PNGs that say they are size x size; `header`: and it says so itself."""
+    data = bytearray(path.read_bytes())
+    at = data.find(b"IHDR")
+    while at >= 0:
+        data[at + 4 : at + 12] = struct.pack(">II", size, size)
+        data[at + 17 : at + 21] = struct.pack(">I", zlib.crc32(data[at : at + 17]))
+        at = data.find(b"IHDR", at + 1)
+    if header:
+        for name, offset in ((b"avih", 40), (b"strf", 12)):
+            at = data.index(name) + offset
+            data[at : at + 8] = struct.pack("<II", size, size)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [9000, 40_000])  # ffmpeg itself would take the smaller one
+@pytest.mark.parametrize("header", [False, True], ids=["frames", "header"])
+def test_a_frame_that_is_too_large_is_refused_before_it_is_decoded(tmp_path, size, header):
+    path = with_frames_of(encode(tmp_path / "a.avi", levels(3), "-c:v", "png"), size, header)
+    for read in (probe, lambda path: next(stream_frames(path))):
+        with pytest.raises(InputError, match=f"has frames of {size}x{size}, at most 67 megapixels are accepted"):
+            read(path)
+
+
+def test_a_size_in_the_header_is_enough(tmp_path, monkeypatch):
+    """Of H.264 nothing is decoded to learn it."""
+    encode(tmp_path / "a.mp4", levels(3, 64, 64))
+    monkeypatch.setattr(ffmpeg_module, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(video, "run_ffmpeg", None)
+    with pytest.raises(InputError, match="has frames of 64x64, at most 0 megapixels are accepted; make it smaller"):
+        probe(tmp_path / "a.mp4")
