@@ -14,13 +14,13 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
-from pipelines.settings import Settings
+from pipelines.settings import LikenessSettings, Settings
 from pipelines.side_file import refuse_foreign, side_files
 from pipelines.video_file import (
     OutputExistsError,
@@ -80,7 +80,8 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
         for seed in settings.seed:
             path = output.with_name(f"{output.stem}-{number:03d}-seed{seed}{output.suffix}") if several else output
             try:
-                jobs.append(Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension)))
+                job = Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension))
+                jobs.append(unless_attempts_are_foreign(job, settings))
                 if "WORLD_SIZE" not in os.environ:  # else it may be another process of this very run
                     refuse_if_written(jobs[-1].output)
             except OutputExistsError as error:
@@ -111,6 +112,40 @@ def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> 
     return all(wanted[name] == made[name] for name in wanted.keys() & made.keys() if name not in left_open)
 
 
+def attempts(job: Job, settings: LikenessSettings) -> Iterator[Job]:
+    """What --min_face_score tries for a job: one seed after another, beside the output as NAME.seedN."""
+    for seed in range(job.seed, job.seed + settings.max_retries + 1):
+        yield Job(job.prompt, seed, job.output.with_name(f"{job.output.stem}.seed{seed}{job.output.suffix}"))
+
+
+def unless_attempts_are_foreign(job: Job, settings: LikenessSettings) -> Job:
+    """The job; refused where what lies under the name of an attempt is none of ours. (Ours are work files: those of
+    other settings are made anew.)
+    """
+    if settings.min_face_score is None or settings.overwrite:
+        return job
+    for attempt in attempts(job, settings):
+        for file in (attempt.output, sidecar_path(attempt.output)):
+            if os.path.lexists(file) and not is_attempt(file, attempt.seed):
+                refusal = (
+                    f"--output {job.output}: {file.name} is in the way of what --min_face_score tries; move it, give "
+                    "another name, or add --overwrite"
+                )
+                return replace(job, standing="refused", refusal=refusal)
+    return job
+
+
+def is_attempt(file: Path, seed: int) -> bool:
+    """Whether a file, or the record beside it, says that it was made with this seed to be scored."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    record = (read_record(file) if file.suffix == ".json" else record_inside(file)) or {}
+    made = record.get("settings")
+    if record.get("made_by") != "Selfsame" or not isinstance(made, dict):
+        return False
+    return made.get("min_face_score") is not None and made.get("seed") == [seed]
+
+
 def record_inside(output: Path) -> dict | None:
     """The record that lies in a finished video or picture."""
     from pipelines.picture_file import read_text
@@ -135,14 +170,15 @@ def settle(jobs: Sequence[Job], settings: Settings, describe: Callable[[str, int
     settled = []
     for job in jobs:
         if job.standing == "found":
-            retries = 0 if settings.min_face_score is None else settings.max_retries
-            contents = [describe(job.prompt, seed)["content"] for seed in range(job.seed, job.seed + retries + 1)]
+            seeds = [job.seed] if settings.min_face_score is None else [a.seed for a in attempts(job, settings)]
+            contents = [describe(job.prompt, seed)["content"] for seed in seeds]
             inside, beside = record_inside(job.output), read_record(sidecar_path(job.output))
             if inside is not None and inside.get("content") in contents:
                 clear_leftovers(job.output)
                 job = replace(job, standing="done")
             elif not job.output.exists() and beside is not None and beside.get("content") in contents:
                 job = replace(job, standing="")  # the record of a pair that was never finished
+                job = unless_attempts_are_foreign(job, settings)
             else:
                 job = replace(job, standing="refused")
         settled.append(job)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from errors import InputError
 from pipelines.distributed import Processes
-from pipelines.jobs import Job
+from pipelines.jobs import Job, attempts
 from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.settings import LikenessSettings
 from pipelines.video_file import add_metadata, read_metadata, sidecar_path, to_json
@@ -95,27 +95,26 @@ def make_scored(
         shared(score_file, job.output, scorer)
         return job.output
 
-    attempts = []
-    for seed in range(job.seed, job.seed + settings.max_retries + 1):
-        path = job.output.with_name(f"{job.output.stem}.seed{seed}{job.output.suffix}")
-        attempt = Job(job.prompt, seed, path)
+    made = []
+    for attempt in attempts(job, settings):
+        path, seed = attempt.output, attempt.seed
         if not shared(is_made, path, maker.metadata(attempt)):
             maker.make(attempt)
-        attempts.append(Attempt(path, seed, shared(score_file, path, scorer)))
-        if attempts[-1].score >= settings.min_face_score:
+        made.append(Attempt(path, seed, shared(score_file, path, scorer)))
+        if made[-1].score >= settings.min_face_score:
             break
         if seed < job.seed + settings.max_retries:
             logger.info("below --min_face_score %g: trying seed %d", settings.min_face_score, seed + 1)
 
-    best = max(attempts, key=lambda attempt: attempt.score)
+    best = max(made, key=lambda attempt: attempt.score)
     if best.score < settings.min_face_score:
         logger.warning(
             "%s: none of %d seeds reached --min_face_score %g; kept is seed %d with %.3f",
-            *(job.output, len(attempts), settings.min_face_score, best.seed, best.score),
+            *(job.output, len(made), settings.min_face_score, best.seed, best.score),
         )
     if writes:
         put_in_place((sidecar_path(best.path), sidecar_path(job.output)), (best.path, job.output))
-        for attempt in attempts:
+        for attempt in made:
             for file in (attempt.path, sidecar_path(attempt.path)):
                 file.unlink(missing_ok=True)
     return job.output

@@ -26,6 +26,9 @@ def side_files(settings, output: Path) -> Iterator[Path]:
         suffixes += [".drift.tsv", ".drift.png"]
     if getattr(settings, "first_frame", None) is not None:
         suffixes += [f".first_frame{end}" for end in (".png", ".json", ".keypoints.png", ".safetensors")]
+        if getattr(settings, "min_face_score", None) is not None:  # what it tries, see `jobs.attempts`
+            seeds = range(settings.first_frame_seed, settings.first_frame_seed + settings.max_retries + 1)
+            suffixes += [f".first_frame.seed{seed}{end}" for seed in seeds for end in (".png", ".json")]
     yield from (output.with_suffix(suffix) for suffix in suffixes)
 
 

@@ -1,7 +1,7 @@
 """The face score: the number itself, and as a gate that tries further seeds."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -11,7 +11,8 @@ import infer
 import infer_with_vace
 from errors import InputError, UsageError, UserError, WeightsError
 from pipelines import scoring
-from pipelines.jobs import Job
+from pipelines.image_to_video_settings import resolve_image_to_video
+from pipelines.jobs import Job, list_jobs
 from pipelines.picture_file import write_picture
 from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
@@ -264,3 +265,61 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, exit_code, wo
     assert error.value.exit_code == exit_code, error.value
     for word in words:
         assert word in str(error.value), error.value
+
+
+FOREIGN = {
+    "video": lambda path: write_video(path, [numpy.zeros((2, 16, 16, 3), numpy.uint8)], fps=8),
+    "finished output": lambda path: write_video(
+        path,
+        [numpy.zeros((2, 16, 16, 3), numpy.uint8)],
+        fps=8,
+        metadata={"made_by": "Selfsame", "settings": {"seed": [1], "min_face_score": None}},
+    ),
+    "record": lambda path: path.with_suffix(".json").write_text('{"a recipe": "of somebody else"}'),
+    "folder": lambda path: path.mkdir(),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("script", [infer, infer_with_vace], ids=lambda script: script.__name__)
+def test_what_somebody_else_put_under_an_attempts_name_stays(tmp_path, monkeypatch, script, kind):
+    """Refused in one line before a model is loaded."""
+    FOREIGN[kind](tmp_path / "out.seed1.mp4")
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("pipelines.wan.Wan", None)
+    flags = ["--min_face_score", "0.5", "--seed", "0", "--ip_image", "assets/face.png", "--prompt", "x"]
+    flags += ["--output", str(tmp_path / "out.mp4")]
+    monkeypatch.chdir(PROJECT)
+    with pytest.raises(UsageError, match=r"out\.seed1\.(mp4|json) is in the way .*--overwrite") as error:
+        script.main(script.parse_args(flags))
+    assert "\n" not in str(error.value)
+    assert {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_one_foreign_attempt_blocks_no_other_job_and_ours_no_one(tmp_path, monkeypatch):
+    args = ["--min_face_score", "0.5", "--seed", "0", "10", "--ip_image", "assets/face.png", "--prompt", "x"]
+    args += ["--output", str(tmp_path / "out.mp4")]
+    monkeypatch.chdir(PROJECT)
+    settings, _ = resolve_image_to_video(infer.parse_args(args))
+    frames = [numpy.zeros((2, 16, 16, 3), numpy.uint8)]
+    (tmp_path / "out-000-seed0.seed3.mp4").write_bytes(b"precious")
+    (tmp_path / "out-000-seed10.seed14.mp4").write_bytes(b"beyond the retries")
+    record = {"made_by": "Selfsame", "settings": {"seed": [11], "min_face_score": 0.4}}
+    write_video(tmp_path / "out-000-seed10.seed11.mp4", frames, fps=8, metadata=record)
+    assert [job.standing for job in list_jobs(settings)] == ["refused", ""]
+    assert [job.standing for job in list_jobs(replace(settings, overwrite=True))] == ["", ""]
+    assert [job.standing for job in list_jobs(replace(settings, min_face_score=None))] == ["", ""]
+
+
+def test_attempts_of_a_first_frame_are_no_foreign_files_either(tmp_path, monkeypatch):
+    args = ["--min_face_score", "0.5", "--first_frame", "instantid", "--first_frame_seed", "7", "--prompt", "x"]
+    args += ["--ip_image", "assets/face.png", "--output", str(tmp_path / "out.mp4")]
+    monkeypatch.chdir(PROJECT)
+    settings, _ = resolve_image_to_video(infer.parse_args(args))
+    path = tmp_path / "out.first_frame.seed8.png"
+    write_picture(path, numpy.zeros((4, 4, 3), numpy.uint8), {"made_by": "Selfsame", "settings": {"seed": [8]}})
+    assert [job.standing for job in list_jobs(settings)] == [""]
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="first_frame.seed8.png is in the way of .*--overwrite"):
+        list_jobs(settings)
