@@ -61,16 +61,16 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 def stand_in(args: argparse.Namespace) -> list[Path]:
     """Videos by Wan: from a prompt with Stand-In, or from a picture."""
-    from pipelines.image_to_video_settings import resolve_image_to_video
     from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.text_to_video.settings import resolve_image_to_video
 
     settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
 
     from pipelines.distributed import start_processes
-    from pipelines.image_to_video import ImageToVideoMaker, open_pictures
     from pipelines.scoring import load_scorer, make_scored
-    from pipelines.text_to_video import VideoMaker, prepare_faces
+    from pipelines.text_to_video.from_pictures import ImageToVideoMaker, open_pictures
+    from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
@@ -95,14 +95,14 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
 
 def instant_id(args: argparse.Namespace) -> list[Path]:
     """Pictures by InstantID on SDXL."""
-    from pipelines.instant_id_settings import resolve_instant_id
+    from pipelines.instant_id.settings import resolve_instant_id
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_instant_id(args)
     jobs = list_jobs(settings, ".png")
 
     from pipelines.distributed import start_processes
-    from pipelines.instant_id import PictureMaker, check_files, describe_picture, guide_face
+    from pipelines.instant_id.pipeline import PictureMaker, check_files, describe_picture, guide_face
     from pipelines.scoring import load_scorer, make_scored
     from preprocess.face_detection import load_recogniser
 
@@ -122,13 +122,13 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
 
 def consis_id(args: argparse.Namespace) -> list[Path]:
     """Videos by ConsisID on CogVideoX."""
-    from pipelines.consis_id_settings import resolve_consis_id
+    from pipelines.consis_id.settings import resolve_consis_id
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_consis_id(args)
     jobs = list_jobs(settings)
 
-    from pipelines.consis_id import ConsisID, ConsisIDMaker
+    from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
 

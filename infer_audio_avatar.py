@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.avatar_settings import resolve_avatar
+    from pipelines.audio_avatar.settings import resolve_avatar
     from pipelines.jobs import all_done, list_jobs, make_all, settle
     from preprocess.audio import AudioTimeline
 
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     settings, config, samples = resolve_avatar(args)  # samples: (N,) at 16 kHz
     jobs = list_jobs(settings, frames=AudioTimeline(len(samples), settings.fps).num_frames)
 
-    from pipelines.audio_avatar import AvatarMaker, AvatarWan, read_reference
+    from pipelines.audio_avatar.pipeline import AvatarMaker, AvatarWan, read_reference
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
 

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.face_swap_settings import resolve_face_swap
+    from pipelines.face_swap.settings import resolve_face_swap
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = list_jobs(settings, frames=info.num_frames)  # room for the whole video
 
     from pipelines.distributed import start_processes
-    from pipelines.face_swap import FaceSwapMaker, open_swap_video
+    from pipelines.face_swap.pipeline import FaceSwapMaker, open_swap_video
     from pipelines.scoring import load_scorer, make_scored
     from pipelines.wan import Wan
 

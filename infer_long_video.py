@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of samples and seeds."""
     from pipelines.jobs import list_jobs
-    from pipelines.long_video_settings import resolve_long_video
+    from pipelines.long_video.settings import resolve_long_video
 
     # Everything that can be refused without torch is refused before it is imported.
     videos = []
@@ -115,12 +115,12 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
         jobs: those of this process.
         processes: from `start_processes`.
     """
-    from pipelines.dance import DanceMaker, DanceWan
-    from pipelines.drift_report import likeness_to, report
-    from pipelines.first_frame import first_frame_files, make_first_frame
+    from metrics.drift import likeness_to, report
+    from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
     from pipelines.jobs import Job, all_done, make_all, settle
-    from pipelines.long_video import LongVideoMaker, open_existing
-    from pipelines.talk import TalkMaker, TalkWan
+    from pipelines.long_video.dance import DanceMaker, DanceWan
+    from pipelines.long_video.pipeline import LongVideoMaker, open_existing
+    from pipelines.long_video.talk import TalkMaker, TalkWan
     from pipelines.wan import Wan
 
     driven = {None: (Wan, LongVideoMaker), "audio": (TalkWan, TalkMaker), "pose": (DanceWan, DanceMaker)}

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from pipelines.jobs import all_done, list_jobs, make_all, settle
-    from pipelines.lora import resolve_lora_settings
+    from pipelines.lora_settings import resolve_lora_settings
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_lora_settings(args)
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
-    from pipelines.text_to_video import VideoMaker, prepare_faces
+    from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)

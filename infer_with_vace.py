@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from dataclasses import replace
 
-    from pipelines.control_video import resolve_vace_settings
     from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.vace.settings import resolve_vace_settings
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_vace_settings(args)
@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> list[Path]:
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
-    from pipelines.text_to_video import prepare_faces
-    from pipelines.vace import VaceMaker, VaceWan, read_control
+    from pipelines.text_to_video.pipeline import prepare_faces
+    from pipelines.vace.pipeline import VaceMaker, VaceWan, read_control
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos

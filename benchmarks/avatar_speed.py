@@ -20,8 +20,8 @@ from models.audio_encoder import AudioEncoder
 from models.wan.schedulers import get_schedule, make_solver
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
 from models.wan.transformer import Prompt, WanTransformer
-from pipelines.audio_guidance import branch_plugins, branch_prompts, three_branch
 from pipelines.denoise import Expert
+from pipelines.guidance import branch_plugins, branch_prompts, three_branch
 from pipelines.tiny import fill_from_seed
 
 NUM_FRAMES = 81

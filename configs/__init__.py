@@ -50,7 +50,7 @@ _KEYS: dict[str, object] = {
     "lora": bool,  # no model: what a LoRA wants to be sampled with, for --lora_config
     "unused_keys": list[str],  # glob patterns of keys that a LoRA's released file carries in vain
     "multitalk": dict,  # widths of audio layers
-    "svi": dict,  # how clips of a long video are conditioned (pipelines.long_video_settings.Variant)
+    "svi": dict,  # how clips of a long video are conditioned (pipelines.long_video.settings.Variant)
     "vace": dict,  # the base blocks of a VACE branch's hints (vace_layers)
 }
 _DEFAULTS: dict[str, object] = {

@@ -119,7 +119,7 @@ class VaceBranch(ModelMixin, ConfigMixin, AttentionMixin):
 
         Args:
             vace_context: (1 or B, 96, F, H, W), or a list of (96, F, H, W) for a ragged batch
-                (`pipelines.vace_context`); it has the video's frames and size, references included.
+                (`pipelines.vace.context`); it has the video's frames and size, references included.
             scale: multiplies every hint. At 0 nothing is computed: the base model, bit for bit.
         """
         contexts = list(vace_context)

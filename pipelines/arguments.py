@@ -89,7 +89,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, identity: bool = True)
 
 
 def add_consis_id_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only ConsisID has; `pipelines.consis_id_settings.ConsisIDSettings` has the defaults."""
+    """What only ConsisID has; `pipelines.consis_id.settings.ConsisIDSettings` has the defaults."""
     consis_id = parser.add_argument_group("--method consisid")
     consis_id.add_argument("--face_encoder_path", help="folder of RetinaFace and EVA-CLIP (BASE_PATH/face_encoder)")
     consis_id.add_argument("--face_detector", help="whose points align the face: retinaface (as trained), scrfd")
@@ -104,7 +104,7 @@ def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
-    """Pictures by InstantID; `pipelines.instant_id_settings` has their defaults and rules."""
+    """Pictures by InstantID; `pipelines.instant_id.settings` has their defaults and rules."""
     identity = parser.add_argument_group("InstantID (pictures, and first frames of videos)")
     identity.add_argument("--sdxl_path", help="any SDXL model: Diffusers folder or single file")
     identity.add_argument("--instantid_path", help="folder with ControlNetModel/ and ip-adapter.bin")
@@ -125,7 +125,7 @@ def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_to_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """A picture to start from; `pipelines.image_to_video_settings` has the defaults and rules."""
+    """A picture to start from; `pipelines.text_to_video.settings` has the defaults and rules."""
     start = parser.add_argument_group("image-to-video")
     start.add_argument("--image", metavar="FILE", help="the first frame; the video keeps its shape")
     start.add_argument("--last_image", metavar="FILE", help="the last frame, of models from one picture to another")
@@ -153,7 +153,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """LoRAs on top of the base model; `pipelines.lora.LoraSettings` has their defaults and rules."""
+    """LoRAs on top of the base model; `pipelines.lora_settings.LoraSettings` has their defaults and rules."""
     lora = parser.add_argument_group("LoRA")
     for expert, which in (("", "of every expert"), ("_high", "of Wan2.2's high-noise expert"), ("_low", "low-noise")):
         path, scale = f"--lora_path{expert}", f"--lora_scale{expert}"

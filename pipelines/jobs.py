@@ -21,16 +21,9 @@ from pathlib import Path
 from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
 from pipelines.settings import LikenessSettings, Settings
-from pipelines.side_file import refuse_foreign, side_files
-from pipelines.video_file import (
-    OutputExistsError,
-    free_disk_or_error,
-    read_comment,
-    read_record,
-    refuse_if_written,
-    resolve_output,
-    sidecar_path,
-)
+from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, resolve_output
+from preprocess.record import read_comment, read_record, sidecar_path
+from preprocess.side_file import refuse_foreign, side_files
 
 logger = logging.getLogger("selfsame")
 
@@ -148,7 +141,7 @@ def is_attempt(file: Path, seed: int) -> bool:
 
 def record_inside(output: Path) -> dict | None:
     """The record that lies in a finished video or picture."""
-    from pipelines.picture_file import read_text
+    from preprocess.record import read_text
 
     try:
         return read_text(output) if output.suffix.lower() == ".png" else read_comment(output)

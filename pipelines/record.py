@@ -22,21 +22,14 @@ from pathlib import Path
 
 from errors import InputError
 from pipelines.weights import WeightsFile
+from preprocess.record import INPUTS, is_place
 
 PROJECT = Path(__file__).parent.parent
 SOURCES = ("models", "pipelines", "preprocess")  # whose code decides what comes out
 
-LARGEST_RECORD = 2**26  # bytes; a film's has some thousands
 
 # Not kept in a record, nor taken from one: they say where and how to write, not what.
 OF_ONE_RUN = ("output", "overwrite", "preview")
-# Settings that name media. Their content counts, by hash, and not where it lies.
-INPUTS = (
-    *("ip_image", "image", "last_image", "input_video", "reference_video", "reference_mask", "reference_image"),
-    *("ref_image_path", "end_image", "extend", "audio", "audio_path", "pose_path", "pose_image", "control_image"),
-)
-# Settings that name configs or folders of weights; what is in them counts.
-PLACES = ("config", "variant", "lora_config", "controlnet")
 # How things are computed and reported: the frames are the same.
 OF_THE_MACHINE = ("device", "memory", "no_drift_report", "teacache_offload")
 # What --memory auto chooses where it is left open (None), by the memory that is free at the moment: `looks_the_same`
@@ -106,11 +99,6 @@ def digest_of(content: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- what counts of what
-
-
-def is_place(name: str) -> bool:
-    """Whether a setting says where a file lies."""
-    return name.endswith("_path") or name.startswith("lora_path") or name in INPUTS or name in PLACES
 
 
 def counted(values: dict, without: Iterable[str]) -> dict:
@@ -196,34 +184,3 @@ def _fingerprint(path: str, *stamps: tuple[str, int, int]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- for others
-
-
-def without_folders(record: dict) -> dict:
-    """The record as it goes into the file itself, which may be handed on: of each path what lies below the project (or
-    the present folder), of others the name alone.
-    """
-    record = dict(record)
-    if isinstance(values := record.get("settings"), dict):
-        record["settings"] = {name: _shorten(value) if is_place(name) else value for name, value in values.items()}
-    for name in ("weights", "faces"):
-        if isinstance(record.get(name), dict):
-            record[name] = {_shorten(path): value for path, value in record[name].items()}
-    return record
-
-
-def whole_record(inside: dict, beside: dict | None) -> dict:
-    """The record beside a file where it is that of the record inside, which lacks the folders; else the one inside."""
-    is_same = beside is not None and "content" in inside and beside.get("content") == inside["content"]
-    return beside if is_same else inside
-
-
-def _shorten(path: object) -> object:
-    if isinstance(path, list | tuple):
-        return [_shorten(one) for one in path]
-    if not isinstance(path, str | os.PathLike) or "://" in str(path):
-        return path
-    absolute = Path(os.path.abspath(path))
-    for folder in (Path.cwd(), PROJECT):
-        if absolute.is_relative_to(folder):
-            return str(absolute.relative_to(folder))
-    return absolute.name

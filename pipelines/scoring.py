@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Protocol
 
 from errors import InputError
+from metrics.likeness import FaceScorer, sample_pictures
 from pipelines.distributed import Processes
 from pipelines.jobs import Job, attempts
-from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.settings import LikenessSettings
-from pipelines.video_file import add_metadata, read_metadata, sidecar_path, to_json
 from preprocess.face_detection import load_recogniser, recogniser_is_there
-from preprocess.face_score import FaceScorer, sample_pictures
 from preprocess.image import read_image
 from preprocess.output import put_in_place
+from preprocess.picture_writer import write_picture
+from preprocess.record import read_metadata, read_picture_metadata, sidecar_path, to_json
+from preprocess.video_writer import add_metadata
 
 logger = logging.getLogger("selfsame")
 

@@ -22,9 +22,10 @@ from errors import InputError, UsageError, UserError, WeightsError
 from models.wan.config import WanConfig
 from models.wan.tea_cache import COEFFICIENTS, coefficients_of
 from pipelines.networks import check_networks, shape_of
-from pipelines.record import LARGEST_RECORD, OF_ONE_RUN
+from pipelines.record import OF_ONE_RUN
 from pipelines.weights import find_gguf
 from preprocess.prompts import check_prompt, read_prompts
+from preprocess.record import LARGEST_RECORD
 
 logger = logging.getLogger("selfsame")
 
@@ -340,8 +341,7 @@ def read_run_settings(path: str) -> dict:
     Raises:
         UsageError, InputError: there is no such file, or it is no record.
     """
-    from pipelines.picture_file import read_picture_metadata
-    from pipelines.video_file import read_metadata, sidecar_path
+    from preprocess.record import read_metadata, read_picture_metadata, sidecar_path
 
     if not os.path.isfile(path):
         raise UsageError(f"--config {path}: no such file")

@@ -192,7 +192,7 @@ def samples_of(args: Namespace) -> list[Namespace]:
         UsageError: one file for the videos of a folder.
         InputError: no such folder, no samples, or one without a picture.
     """
-    from pipelines.video_file import safe_name  # here, because --help uses this file too
+    from preprocess.output import safe_name  # here, because --help uses this file too
 
     root = args.data_root
     if root is None or args.ref_image_path is not None:

@@ -42,10 +42,10 @@ from pipelines.memory import (
     offload_groups,
     stage,
 )
-from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import WeightsFile, check_weights, face_files
+from preprocess.progress_bars import ProgressBars
 
 logger = logging.getLogger("selfsame")
 

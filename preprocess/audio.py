@@ -345,7 +345,7 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    from pipelines.video_file import resolve_output
+    from preprocess.output import resolve_output
 
     output = resolve_output(args.output, overwrite=args.overwrite, extension=".wav")
     if args.command == "extract":

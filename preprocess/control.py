@@ -467,7 +467,8 @@ def _whole(text):
 
 
 def main(args):
-    from pipelines.video_file import resolve_output, write_video
+    from preprocess.output import resolve_output
+    from preprocess.video_writer import write_video
 
     output = resolve_output(args.output, overwrite=args.overwrite)
     mask_output = None

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import infer_audio_avatar
-from pipelines.audio_avatar import AvatarMaker
+from pipelines.audio_avatar.pipeline import AvatarMaker
 from pipelines.distributed import Processes
 
 

@@ -13,8 +13,8 @@ import numpy
 
 from pipelines.distributed import start_processes
 from pipelines.jobs import Job, settle
-from pipelines.picture_file import write_picture
 from pipelines.settings import LikenessSettings
+from preprocess.picture_writer import write_picture
 
 HAS = ({"first": {"content": "first"}, "other": {"content": "of other settings"}}, {"second": {"content": "second"}})
 

@@ -10,10 +10,10 @@ import infer_long_video
 from models.wan import attention
 from models.wan.attention import choose_flash
 from pipelines.distributed import Processes
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.long_video_settings import resolve_long_video
-from pipelines.video_file import read_metadata
+from pipelines.long_video.settings import resolve_long_video
+from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.wan import Wan
+from preprocess.record import read_metadata
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SVI2 = ["--config", "tiny-i2v-a14b", "--variant", "2.0-pro"]

@@ -11,7 +11,8 @@ from models.wan.config import WanConfig
 from models.wan.schedulers import get_schedule
 from models.wan.tea_cache import TeaCache
 from models.wan.transformer import Prompt, Slots
-from pipelines.audio_guidance import (
+from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise
+from pipelines.guidance import (
     NO_AUDIO,
     NO_PAIR,
     UNCONDITIONAL,
@@ -20,7 +21,6 @@ from pipelines.audio_guidance import (
     branch_prompts,
     three_branch,
 )
-from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise
 from pipelines.memory import offload_groups
 from tests import tiny
 from tests.test_distributed import torchrun

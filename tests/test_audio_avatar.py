@@ -21,9 +21,9 @@ from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
 from pipelines import job_state
-from pipelines.audio_avatar import AvatarMaker, AvatarWan, read_reference
-from pipelines.avatar_state import AvatarState, create_on_disk, open_on_disk
-from pipelines.avatar_windows import blend_weights, fuse, latent_length, plan_windows, sound_of
+from pipelines.audio_avatar.pipeline import AvatarMaker, AvatarWan, read_reference
+from pipelines.audio_avatar.state import AvatarState, create_on_disk, open_on_disk
+from pipelines.audio_avatar.windows import blend_weights, fuse, latent_length, plan_windows, sound_of
 from pipelines.distributed import Processes
 from pipelines.tiny import (
     tiny_audio_adapter,
@@ -33,10 +33,11 @@ from pipelines.tiny import (
     tiny_transformer,
     tiny_vae,
 )
-from pipelines.video_file import VideoWriter, read_metadata
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
 from preprocess.image import write_png
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import VideoWriter
 from tests.test_distributed import torchrun
 from tests.test_infer import original_vae_names
 from tests.tiny_face import write_antelopev2
@@ -612,7 +613,7 @@ def test_settings_are_refused_before_torch_is_imported():
     code = """
 import sys
 import infer_audio_avatar
-from pipelines.avatar_settings import resolve_avatar
+from pipelines.audio_avatar.settings import resolve_avatar
 resolve_avatar(infer_audio_avatar.parse_args([]))
 assert "torch" not in sys.modules
 """

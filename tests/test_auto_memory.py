@@ -18,8 +18,8 @@ from pipelines.distributed import start_processes
 from pipelines.memory import GIB, offload_groups, place
 from pipelines.settings import resolve_settings
 from pipelines.tiny import tiny_text_encoder
-from pipelines.video_file import read_metadata
 from pipelines.wan import Wan
+from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests import tiny
 from tests.test_infer import PROJECT, SMALL, fail_once, make

@@ -24,11 +24,11 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from errors import EXIT_INTERRUPTED, UserError
-from pipelines.avatar_settings import resolve_avatar
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.long_video_settings import resolve_long_video
-from pipelines.video_file import VideoWriter
+from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.long_video.settings import resolve_long_video
+from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.weights import find_gguf
+from preprocess.video_writer import VideoWriter
 
 PROJECT = Path(__file__).parent.parent
 FACE = str(PROJECT / "assets/face.png")

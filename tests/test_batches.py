@@ -16,9 +16,11 @@ import infer_with_vace
 from errors import UsageError
 from pipelines.clip_store import ClipStore
 from pipelines.job_state import JobState
-from pipelines.video_file import VideoWriter, read_comment, resolve_output, write_video
 from preprocess.image import read_image, write_png
+from preprocess.output import resolve_output
+from preprocess.record import read_comment
 from preprocess.video import read_frames
+from preprocess.video_writer import VideoWriter, write_video
 from tests.test_infer import SMALL
 
 PROJECT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from models.wan.config import VARIANTS, WanConfig
 from models.wan.tea_cache import coefficients_of
 from models.wan.transformer import Prompt
 from pipelines.distributed import Processes
-from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.settings import Settings, resolve_settings
+from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.tiny import tiny_multitalk, tiny_vace, tiny_vae
 from pipelines.wan import Wan
 

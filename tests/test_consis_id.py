@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from errors import InputError, ResourceError, UsageError, UserError, WeightsError
-from pipelines.consis_id import ConsisID, ConsisIDMaker, decode_stream, load_vae, make_scheduler
-from pipelines.consis_id_face import EVA_FILE, RETINAFACE_FILE, FaceCondition
-from pipelines.consis_id_settings import resolve_consis_id
+from pipelines.consis_id.face import EVA_FILE, RETINAFACE_FILE, FaceCondition
+from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker, decode_stream, load_vae, make_scheduler
+from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.memory import size_of
-from pipelines.video_file import read_metadata
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
 from tests.streamed_offload import stream_group_offloading
 from tests.tiny_consis_id import EMBED_DIM, SCHEDULER, VIT_DIM, write_release
@@ -365,7 +365,7 @@ def test_broken_numbers_end_the_run(releases):
 def test_broken_numbers_of_the_vae_end_the_run(releases, monkeypatch, tmp_path):
     maker = maker_of(releases)
     frames = torch.full((1, 3, 1, 64, 96), torch.nan)
-    monkeypatch.setattr("pipelines.consis_id.decode_stream", lambda *_: iter([frames]))
+    monkeypatch.setattr("pipelines.consis_id.pipeline.decode_stream", lambda *_: iter([frames]))
     with pytest.raises(UserError, match=r"the VAE returned NaN or infinity \(torch.float32\); try --dtype") as error:
         maker.make(replace(JOB, output=tmp_path / "out.mp4"))
     assert error.value.exit_code == 4 and not list(tmp_path.iterdir())
@@ -375,7 +375,7 @@ def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypat
     config = {**json.loads((releases["1.0"] / "transformer/config.json").read_text()), "num_attention_heads": 64}
     settings, run_config = settings_and_config(releases, "--height", 16000, "--width", 16000, "--memory", "model")
     model = ConsisID(settings, run_config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
-    monkeypatch.setattr("pipelines.consis_id.read_json", lambda *_: config | {"LFE_output_dim": 682})
+    monkeypatch.setattr("pipelines.consis_id.pipeline.read_json", lambda *_: config | {"LFE_output_dim": 682})
     monkeypatch.setattr(ConsisID, "weights", lambda self: [])  # they are not of that size
     with pytest.raises(ResourceError, match="--width 16000 --height 16000 .*--memory group, --tiled"):
         model.check()

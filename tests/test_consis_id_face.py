@@ -6,7 +6,7 @@ import torch
 
 from errors import InputError, WeightsError
 from models.identity.eva_clip import EvaVisionTower, load_eva_tower, tower_from_tensors
-from pipelines.consis_id_face import choose, choose_as_upstream, clip_pixels
+from pipelines.consis_id.face import choose, choose_as_upstream, clip_pixels
 from preprocess.face_alignment import (
     NOT_FACE,
     TEMPLATE,

@@ -18,7 +18,6 @@ import torch
 from onnx import TensorProto, helper
 
 from errors import InputError, ResourceError, UsageError, WeightsError
-from pipelines.video_file import read_metadata, write_video
 from preprocess import control, pose
 from preprocess.control_maps import (
     color_wheel,
@@ -38,7 +37,9 @@ from preprocess.control_maps import (
     outpaint_inner,
     reshape_mask,
 )
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 
 RED, YELLOW, VIOLET = (255, 0, 0), (255, 255, 0), (128, 0, 255)
 

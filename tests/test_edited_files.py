@@ -19,18 +19,18 @@ import infer_with_lora
 import infer_with_vace
 from configs import LONGEST, load_config
 from errors import InputError, UsageError, UserError, WeightsError
-from pipelines.avatar_settings import resolve_avatar
-from pipelines.consis_id_settings import resolve_consis_id
-from pipelines.control_video import resolve_vace_settings
-from pipelines.face_swap_settings import resolve_face_swap
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.instant_id_settings import resolve_instant_id
-from pipelines.long_video_settings import resolve_long_video
-from pipelines.lora import resolve_lora_settings
-from pipelines.picture_file import write_picture
+from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.consis_id.settings import resolve_consis_id
+from pipelines.face_swap.settings import resolve_face_swap
+from pipelines.instant_id.settings import resolve_instant_id
+from pipelines.long_video.settings import resolve_long_video
+from pipelines.lora_settings import resolve_lora_settings
 from pipelines.record import OF_ONE_RUN
 from pipelines.settings import method_of
-from pipelines.video_file import write_video
+from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.vace.settings import resolve_vace_settings
+from preprocess.picture_writer import write_picture
+from preprocess.video_writer import write_video
 
 PROJECT = Path(__file__).parent.parent
 FACE = str(PROJECT / "assets/face.png")

@@ -17,11 +17,17 @@ from PIL import Image
 
 import infer_face_swap
 from errors import UsageError, UserError
-from pipelines import face_swap
-from pipelines.face_swap import Segment, WindowedExpert, frame_groups, plan_segments, plan_windows, swap_schedule
-from pipelines.face_swap_settings import make_demo_clip, resolve_face_swap
+from pipelines.face_swap import pipeline as face_swap
+from pipelines.face_swap.pipeline import (
+    Segment,
+    WindowedExpert,
+    frame_groups,
+    plan_segments,
+    plan_windows,
+    swap_schedule,
+)
+from pipelines.face_swap.settings import make_demo_clip, resolve_face_swap
 from pipelines.job_state import JobState
-from pipelines.video_file import VideoWriter, read_metadata, write_video
 from preprocess.face_detection import Face
 from preprocess.face_paste import (
     align,
@@ -34,7 +40,9 @@ from preprocess.face_paste import (
     soften,
 )
 from preprocess.ffmpeg import run_ffmpeg
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import VideoWriter, write_video
 from tests.test_input_videos import encode, ffmpeg
 
 PROJECT = Path(__file__).parent.parent

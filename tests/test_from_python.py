@@ -7,8 +7,8 @@ import infer
 import infer_audio_avatar
 import infer_long_video
 import infer_with_lora
-from pipelines import text_to_video
 from pipelines.distributed import Processes
+from pipelines.text_to_video import pipeline as text_to_video
 from pipelines.wan import Wan
 from preprocess.video import probe
 

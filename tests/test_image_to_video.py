@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import infer
 from configs import load_config
 from errors import UserError
-from pipelines.image_to_video import video_size
-from pipelines.image_to_video_settings import picture_size
-from pipelines.video_file import read_metadata
+from pipelines.text_to_video.from_pictures import video_size
+from pipelines.text_to_video.settings import picture_size
+from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests.conftest import GOLDENS
 from tests.tiny import CONFIG
@@ -105,7 +105,7 @@ def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
     """One model makes videos from text, and from a picture that stays as it is."""
     from models.wan.transformer import WanTransformer
     from models.wan.vae import detect_vae_config, diffusers_names
-    from pipelines import text_to_video
+    from pipelines.text_to_video import pipeline as text_to_video
 
     golden = load_file(GOLDENS / "wan-vae22" / "weights.safetensors")
     vae = detect_vae_config({key: tuple(tensor.shape) for key, tensor in diffusers_names(golden).items()})

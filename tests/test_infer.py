@@ -22,7 +22,7 @@ from errors import UserError
 from models.wan.vae import WanVAE
 from pipelines.job_state import JobState
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer, tiny_vae
-from pipelines.video_file import read_metadata
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
 from tests.tiny import CONFIG
 

@@ -13,12 +13,13 @@ import pytest
 import preprocess.ffmpeg as ffmpeg_module
 import preprocess.video as video
 from errors import InputError
-from pipelines.video_file import read_metadata, write_video
 from preprocess import control
 from preprocess.audio import read_audio
 from preprocess.ffmpeg import ffmpeg_exe, probe_streams, run_ffmpeg
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames, stream_frames
 from preprocess.video_conversion import StreamFormat, constant_rate
+from preprocess.video_writer import write_video
 from tests.test_video_file import decode_sound, noise
 
 LOSSLESS = ["-c:v", "libx264", "-qp", "0"]

@@ -28,14 +28,15 @@ from models.identity.instant_id import (
     region_tokens,
 )
 from models.prompt_weighting import weighted_embeddings
-from pipelines import image_to_video_settings, instant_id
 from pipelines.conditions import cover_resize
-from pipelines.image_to_video_settings import picture_settings, resolve_image_to_video
-from pipelines.instant_id_settings import resolve_instant_id
-from pipelines.picture_file import read_picture_metadata
+from pipelines.instant_id import pipeline as instant_id
+from pipelines.instant_id.settings import resolve_instant_id
+from pipelines.text_to_video import settings as image_to_video_settings
+from pipelines.text_to_video.settings import picture_settings, resolve_image_to_video
 from preprocess.face_detection import Face, load_recogniser
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
+from preprocess.record import read_picture_metadata
 from preprocess.video import read_frames
 from tests.streamed_offload import stream_group_offloading
 from tests.tiny_face import write_antelopev2

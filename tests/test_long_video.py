@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import infer_long_video
 from configs import load_config
 from errors import UsageError, UserError
+from metrics.drift import clip_starts, draw, likeness_to, measure_clips
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Chain, clips_for, plan_clips, pose_indices, prompts_of_clips, upstream_pose_indices
-from pipelines.drift_report import clip_starts, draw, likeness_to, measure_clips
-from pipelines.long_video_settings import (
+from pipelines.long_video.settings import (
     VARIANTS,
     Variant,
     check_released_name,
@@ -28,10 +28,11 @@ from pipelines.long_video_settings import (
     variant_of_file,
 )
 from pipelines.tiny import tiny_transformer
-from pipelines.video_file import read_metadata, write_video
 from preprocess.face_detection import Face
 from preprocess.prompts import read_prompt_stream
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 
 PROJECT = Path(__file__).parent.parent
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "2", "--no_drift_report"]
@@ -655,8 +656,8 @@ def test_likeness_is_the_cosine_to_the_pictures_face(monkeypatch):
         colour = picture.mean(axis=(0, 1))
         return [Face((0, 0, 8, 8), 1.0, embedding=colour)] if colour.any() else []
 
-    monkeypatch.setattr("pipelines.drift_report.recogniser_is_there", lambda: True)
-    monkeypatch.setattr("pipelines.drift_report.load_recogniser", lambda *args: recogniser)
+    monkeypatch.setattr("metrics.drift.recogniser_is_there", lambda: True)
+    monkeypatch.setattr("metrics.drift.load_recogniser", lambda *args: recogniser)
     red, green, black = (numpy.full((8, 8, 3), colour, numpy.uint8) for colour in ((90, 0, 0), (0, 90, 0), (0, 0, 0)))
     likeness = likeness_to(red)
     assert likeness_to(black) is None
@@ -669,7 +670,7 @@ def test_drift_report_as_a_command(tmp_path, reference):
     video = tmp_path / "any.mp4"
     write_video(video, [numpy.zeros((10, 32, 32, 3), numpy.uint8)], fps=8)
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.drift_report", str(video), "--clip_frames", "4"],
+        [sys.executable, "-m", "metrics.drift", str(video), "--clip_frames", "4"],
         cwd=PROJECT,
         capture_output=True,
         text=True,

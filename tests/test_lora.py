@@ -24,10 +24,10 @@ from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import VARIANTS
 from models.wan.transformer import WanTransformer
 from pipelines.distributed import start_processes
-from pipelines.long_video_settings import resolve_long_video, variant_config
-from pipelines.lora import resolve_lora_settings
-from pipelines.video_file import read_metadata
+from pipelines.long_video.settings import resolve_long_video, variant_config
+from pipelines.lora_settings import resolve_lora_settings
 from pipelines.wan import Wan
+from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests import tiny
 

@@ -16,11 +16,11 @@ from models.wan.vae import WanVAE
 from pipelines.conditions import initial_noise
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
-from pipelines.lora import resolve_lora_settings
-from pipelines.text_to_video import VideoMaker, prepare_faces
+from pipelines.lora_settings import resolve_lora_settings
+from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
 from pipelines.tiny import tiny_stand_in
-from pipelines.video_file import read_metadata
 from pipelines.wan import Wan
+from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests import tiny
 from tests.test_lora import DIALECTS, factors

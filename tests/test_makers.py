@@ -23,22 +23,24 @@ import infer_with_vace
 from errors import UserError
 from models.lora import StatedScale, read_lora
 from models.wan.schedulers import add_noise, expert_index, get_schedule
-from pipelines import face_swap, long_video, vace
-from pipelines.audio_avatar import AvatarMaker
+from pipelines.audio_avatar.pipeline import AvatarMaker
 from pipelines.clip_plan import Chain, clips_for, plan_clips
 from pipelines.conditions import initial_noise
-from pipelines.control_video import Window
 from pipelines.denoise import NEGATIVE, POSITIVE, NonFiniteLatentsError, PinnedFrames, Step, denoise
-from pipelines.face_swap import FaceSwapMaker, Segment, SwapVideo, WindowedExpert, swap_schedule
+from pipelines.face_swap import pipeline as face_swap
+from pipelines.face_swap.pipeline import FaceSwapMaker, Segment, SwapVideo, WindowedExpert, swap_schedule
 from pipelines.jobs import Job
-from pipelines.long_video import LongVideoMaker
-from pipelines.progress_bars import ProgressBars
-from pipelines.text_to_video import VideoMaker
-from pipelines.vace import VaceMaker, WindowWriter, read_control
-from pipelines.vace_context import noise_with_references, with_known_frames
+from pipelines.long_video import pipeline as long_video
+from pipelines.long_video.pipeline import LongVideoMaker
+from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.vace import pipeline as vace
+from pipelines.vace.context import noise_with_references, with_known_frames
+from pipelines.vace.pipeline import VaceMaker, WindowWriter, read_control
+from pipelines.vace.settings import Window
 from preprocess.face import choose_face
 from preprocess.face_detection import Face
 from preprocess.face_paste import largest_face
+from preprocess.progress_bars import ProgressBars
 from tests import tiny
 from tests.test_lora import RANK, dotted, factors
 

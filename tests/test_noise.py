@@ -12,12 +12,12 @@ import infer_audio_avatar
 import infer_with_vace
 from errors import UsageError
 from models.wan.schedulers import get_schedule
-from pipelines.audio_avatar import AvatarMaker, upstream_noise
+from pipelines.audio_avatar.pipeline import AvatarMaker, upstream_noise
 from pipelines.conditions import initial_noise
-from pipelines.face_swap import FaceSwapMaker
-from pipelines.vace_context import noise_with_references
-from pipelines.video_file import read_metadata
+from pipelines.face_swap.pipeline import FaceSwapMaker
+from pipelines.vace.context import noise_with_references
 from preprocess.audio import AudioTimeline
+from preprocess.record import read_metadata
 from preprocess.video import read_frames
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
@@ -58,7 +58,7 @@ def test_stable_avatar_draws_the_whole_video_at_once_in_bfloat16(device):
 def test_upstream_draws_the_frames_that_it_makes(monkeypatch):
     """2.24 s are 56 frames: 15 latent frames here, 14 upstream, which leaves the last frames out."""
     shapes = []
-    monkeypatch.setattr("pipelines.audio_avatar.upstream_noise", lambda *args: shapes.append(args))
+    monkeypatch.setattr("pipelines.audio_avatar.pipeline.upstream_noise", lambda *args: shapes.append(args))
     maker = AvatarMaker.__new__(AvatarMaker)
     maker.timeline, maker.num_latents, maker.grid = AudioTimeline(round(2.24 * 16000), 25), 15, (2, 2)
     maker.wan = SimpleNamespace(transformer_config=SimpleNamespace(out_dim=16))
@@ -99,7 +99,7 @@ def test_every_script_draws_where_it_is_told(tmp_path, monkeypatch, script, flag
 
 
 def test_face_swap_draws_there_too(monkeypatch):
-    monkeypatch.setattr("pipelines.face_swap.initial_noise", lambda *args: devices.append(args[-1]) or noise)
+    monkeypatch.setattr("pipelines.face_swap.pipeline.initial_noise", lambda *args: devices.append(args[-1]) or noise)
     devices, noise = [], torch.zeros(1, 16, 2, 4, 4)
     maker = FaceSwapMaker.__new__(FaceSwapMaker)
     maker.clean, maker.cell, maker.schedule = noise, 8, get_schedule("euler", 4, 3.0, strength=0.7)

@@ -11,15 +11,15 @@ import torch
 import infer
 import infer_long_video
 from errors import ResourceError, UsageError, UserError
-from pipelines.avatar_state import create_on_disk
-from pipelines.drift_report import report
+from metrics.drift import report
+from pipelines.audio_avatar.state import create_on_disk
 from pipelines.job_state import load_state, save_state
-from pipelines.picture_file import write_picture
-from pipelines.side_file import write_side_picture
-from pipelines.video_file import add_metadata, write_video
 from preprocess.image import read_image, write_png
 from preprocess.output import allocate, part_of, whole_file
+from preprocess.picture_writer import write_picture
+from preprocess.side_file import write_side_picture
 from preprocess.video import read_frames
+from preprocess.video_writer import add_metadata, write_video
 from tests.test_batches import SCRIPTS, TINY, names, run
 
 FRAMES = numpy.zeros((3, 16, 16, 3), numpy.uint8)

@@ -10,9 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
-from pipelines.picture_file import SIGNATURE, read_picture_metadata, write_picture
-from pipelines.record import LARGEST_RECORD
 from pipelines.settings import read_run_settings
+from preprocess.picture_writer import write_picture
+from preprocess.record import LARGEST_RECORD, SIGNATURE, read_picture_metadata
 
 RECORD = {"settings": {"prompt": ["男の子 😀"]}}
 TEXT = '{"settings": {"prompt": ["男の子 😀"]}}'

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 import infer
 from errors import UserError
 from models.wan.vae import WanVAE
-from pipelines.avatar_state import AvatarState
+from pipelines.audio_avatar.state import AvatarState
 from pipelines.clip_store import ClipStore
 from pipelines.denoise import Step
 from pipelines.distributed import Processes
 from pipelines.job_state import JobState, checksum, load_state, save_state
-from pipelines.record import hash_of_weights, without_folders
+from pipelines.record import hash_of_weights
 from pipelines.tiny import tiny_stand_in_tensors
-from pipelines.video_file import read_comment
+from preprocess.record import read_comment, without_folders
 from preprocess.video import read_frames
 from tests.test_checkpoint import MALFORMED
 from tests.test_infer import SMALL, write_release

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import infer
-from pipelines import progress_bars
-from pipelines.progress_bars import ProgressBars, ShownVAE, readable_time
+from preprocess import progress_bars
+from preprocess.progress_bars import ProgressBars, ShownVAE, readable_time
 
 
 class Clock:

@@ -10,17 +10,19 @@ import pytest
 import infer
 import infer_with_vace
 from errors import InputError, UsageError, UserError, WeightsError
+from metrics import likeness as face_score
+from metrics.likeness import FaceScore, FaceScorer, cosine, sample_pictures
 from pipelines import scoring
-from pipelines.image_to_video_settings import resolve_image_to_video
 from pipelines.jobs import Job, list_jobs
-from pipelines.picture_file import write_picture
 from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
-from pipelines.video_file import read_metadata, write_video
-from preprocess import face_score, image
+from pipelines.text_to_video.settings import resolve_image_to_video
+from preprocess import image
 from preprocess.face_detection import Face, load_recogniser
-from preprocess.face_score import FaceScore, FaceScorer, cosine, sample_pictures
+from preprocess.picture_writer import write_picture
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 from tests.tiny_face import write_antelopev2
 
 PROJECT = Path(__file__).parent.parent

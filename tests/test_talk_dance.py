@@ -11,13 +11,13 @@ from models.lora import read_lora
 from models.multitalk import Speech, audio_window, latent_windows, load_multitalk
 from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
 from models.wan.schedulers import get_schedule
-from pipelines.audio_guidance import UNCONDITIONAL, three_branch
-from pipelines.dance import fit_pose, read_poses
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
+from pipelines.guidance import UNCONDITIONAL, three_branch
+from pipelines.long_video.dance import fit_pose, read_poses
 from pipelines.memory import offload_groups
 from pipelines.tiny import fill_from_seed, tiny_pose_embedder
-from pipelines.video_file import write_video
 from preprocess.video import read_frames
+from preprocess.video_writer import write_video
 from tests import tiny
 from tests.tiny import CONFIG, DIM, GRID, LAYERS, TIMESTEP
 

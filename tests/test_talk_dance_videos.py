@@ -14,17 +14,18 @@ from models.multitalk import MultiTalk
 from models.pose_embedder import KEY
 from models.wan.float8 import Float8Linear, float8_linears
 from models.wan.transformer import WanTransformer
-from pipelines import dance
 from pipelines.clip_plan import pose_indices
 from pipelines.distributed import Processes, start_processes
-from pipelines.long_video import LongVideoMaker
-from pipelines.long_video_settings import LongVideoSettings, resolve_long_video
-from pipelines.talk import TalkWan
+from pipelines.long_video import dance
+from pipelines.long_video.pipeline import LongVideoMaker
+from pipelines.long_video.settings import LongVideoSettings, resolve_long_video
+from pipelines.long_video.talk import TalkWan
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
-from pipelines.video_file import read_metadata, write_video
 from preprocess import audio
 from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 from tests.test_talk_dance import lora_tensors
 
 SMALL = [

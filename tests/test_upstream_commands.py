@@ -22,17 +22,18 @@ import infer_with_vace
 from configs import load_config
 from errors import InputError, UsageError, WeightsError
 from models.pose_embedder import KEY
-from pipelines.avatar_settings import resolve_avatar
-from pipelines.control_video import resolve_vace_settings
-from pipelines.face_swap_settings import make_demo_clip, resolve_face_swap
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.long_video_settings import resolve_long_video
-from pipelines.lora import resolve_lora_settings
+from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.face_swap.settings import make_demo_clip, resolve_face_swap
+from pipelines.long_video.settings import resolve_long_video
+from pipelines.lora_settings import resolve_lora_settings
+from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.tiny import tiny_pose_embedder
 from pipelines.upstream import samples_of
-from pipelines.video_file import read_metadata, write_video
+from pipelines.vace.settings import resolve_vace_settings
 from preprocess.audio import SAMPLE_RATE, write_wav
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 from tests.test_long_video import write_lora
 
 PROJECT = Path(__file__).parent.parent

@@ -22,17 +22,18 @@ from models.vace import default_layers, load_vace
 from models.wan.checkpoint import convert_names, to_diffusers_name
 from models.wan.schedulers import get_schedule
 from models.wan.tea_cache import TeaCache
-from pipelines.control_video import plan_windows, read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.memory import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
-from pipelines.vace import VaceMaker, VaceWan
-from pipelines.vace_context import fit_reference, fold_mask, noise_with_references, vace_context
-from pipelines.video_file import read_metadata, write_video
+from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
+from pipelines.vace.pipeline import VaceMaker, VaceWan
+from pipelines.vace.settings import plan_windows, read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.wan import Wan
+from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
+from preprocess.video_writer import write_video
 from tests import tiny
 from tests.test_infer import fail_once, write_release
 from tests.tiny import CONFIG, GRID, TIMESTEP

@@ -17,19 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.video_file as video_file
+import preprocess.video_writer as video_file
 from errors import InputError, ResourceError, UsageError
-from pipelines.video_file import (
-    VideoWriter,
-    frames_to_uint8,
-    free_disk_or_error,
-    read_metadata,
-    resolve_output,
-    safe_name,
-    write_video,
-)
 from preprocess.ffmpeg import ffmpeg_exe
+from preprocess.output import free_disk_or_error, resolve_output, safe_name
+from preprocess.record import read_metadata
 from preprocess.video import VideoInfo, probe, read_frames
+from preprocess.video_writer import VideoWriter, frames_to_uint8, write_video
 
 ROOT = Path(__file__).parents[1]
 NASTY = {
@@ -299,7 +293,7 @@ def test_failure_leaves_the_old_video(tmp_path):
 
 SLOW_WRITER = """
     import sys, time, numpy as np
-    from pipelines.video_file import VideoWriter
+    from preprocess.video_writer import VideoWriter
     with VideoWriter(sys.argv[1], fps=16, metadata={"a": 1}) as video:
         for i in range(1000):
             video.write(np.full((4, 48, 64, 3), i % 256, np.uint8))

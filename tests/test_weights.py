@@ -17,21 +17,21 @@ import infer_with_lora
 import infer_with_vace
 from errors import UserError, WeightsError
 from models.wan import checkpoint
-from pipelines import instant_id
-from pipelines.consis_id import ConsisID
-from pipelines.consis_id_settings import resolve_consis_id
-from pipelines.control_video import resolve_vace_settings
+from pipelines.consis_id.pipeline import ConsisID
+from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import start_processes
-from pipelines.image_to_video import open_pictures
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.instant_id_settings import resolve_instant_id
+from pipelines.instant_id import pipeline as instant_id
+from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.jobs import list_jobs
-from pipelines.long_video_settings import resolve_long_video
+from pipelines.long_video.settings import resolve_long_video
 from pipelines.settings import PROJECT
+from pipelines.text_to_video.from_pictures import open_pictures
+from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer
-from pipelines.vace import VaceWan
-from pipelines.video_file import VideoWriter
+from pipelines.vace.pipeline import VaceWan
+from pipelines.vace.settings import resolve_vace_settings
 from pipelines.wan import Wan
+from preprocess.video_writer import VideoWriter
 from tests.test_infer import write_release
 from tests.tiny import CONFIG
 

@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel
 
 from models.identity.consis_id import ConsisIDTransformer, make_extractor, split_config
 from models.identity.eva_clip import EvaVisionTower
-from pipelines.consis_id_face import EVA_FILE, RETINAFACE_FILE
+from pipelines.consis_id.face import EVA_FILE, RETINAFACE_FILE
 from preprocess.retinaface import RetinaFace
 from tests.tiny_face import write_antelopev2
 

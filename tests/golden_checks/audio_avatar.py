@@ -6,11 +6,11 @@ from transformers import Wav2Vec2Config
 from models.audio_encoder import audio_encoder_from_tensors
 from models.wan.schedulers import TRAIN_TIMESTEPS, get_schedule, make_solver, shift_sigmas
 from models.wan.transformer import Prompt
-from pipelines.audio_guidance import NEGATIVE, POSITIVE, UNCONDITIONAL, branch_plugins, branch_prompts, three_branch
-from pipelines.avatar_windows import AvatarWindow, blend_weights, fuse, plan_windows, sound_of
-from pipelines.color_match import match_colors
+from pipelines.audio_avatar.color_match import match_colors
+from pipelines.audio_avatar.windows import AvatarWindow, blend_weights, fuse, plan_windows, sound_of
 from pipelines.conditions import cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert
+from pipelines.guidance import NEGATIVE, POSITIVE, UNCONDITIONAL, branch_plugins, branch_prompts, three_branch
 from preprocess.audio import AudioTimeline, cut_samples
 from tests.golden_checks.audio_adapter import build_avatar
 from training.gradient_limit import gradient_limit

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from models.lora import Lora, merge_loras
 from models.wan.schedulers import expert_index, get_schedule, make_solver
 from models.wan.transformer import Prompt
-from pipelines.clip_conditions import frames_to_condition, latents_to_condition, picture_to_frame
 from pipelines.clip_plan import (
     Chain,
     Clip,
@@ -23,7 +22,8 @@ from pipelines.clip_plan import (
 )
 from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
-from pipelines.long_video_settings import limit_width
+from pipelines.long_video.clip_conditions import frames_to_condition, latents_to_condition, picture_to_frame
+from pipelines.long_video.settings import limit_width
 from preprocess.prompts import evaluate, prompt_lines
 from tests.golden_checks.dit import build_transformer, record_outputs
 from training.error_recycling import error_buckets, loss_weights

@@ -4,8 +4,8 @@ from models.multitalk import Speech, audio_window, latent_windows, multitalk_fro
 from models.pose_embedder import KEY, pose_embedder_from_tensors
 from models.wan.schedulers import get_schedule
 from models.wan.transformer import Prompt
-from pipelines.audio_guidance import UNCONDITIONAL, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
+from pipelines.guidance import UNCONDITIONAL, three_branch
 from tests.golden_checks.dit import build_transformer, record_outputs
 
 

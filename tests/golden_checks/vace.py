@@ -7,9 +7,8 @@ from models.vace import VaceBranch, branch_from_tensors, split_vace
 from models.wan.schedulers import get_schedule
 from models.wan.transformer import Prompt, WanTransformer
 from pipelines.conditions import latent_frames
-from pipelines.control_video import size_within, spread_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
-from pipelines.vace_context import (
+from pipelines.vace.context import (
     cover_resize,
     fit_reference,
     frames_to_clip,
@@ -18,6 +17,7 @@ from pipelines.vace_context import (
     split_by_mask,
     vace_context,
 )
+from pipelines.vace.settings import size_within, spread_frames
 from tests.golden_checks.dit import build_transformer, check_forward_outputs, numbered
 from tests.golden_checks.pipelines import open_vae
 from tests.golden_checks.stand_in import build_stand_in, check_forward_with

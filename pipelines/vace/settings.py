@@ -15,8 +15,8 @@ import psutil
 
 from errors import InputError, ResourceError, UsageError
 from pipelines.settings import Settings, check_pictures, check_values, is_record, resolve_settings
-from pipelines.video_file import readable_bytes
 from preprocess.image import read_image
+from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe, read_frames
 
 logger = logging.getLogger("selfsame")

@@ -20,19 +20,24 @@ import numpy
 import torch
 from torch import Tensor
 
-from pipelines.clip_conditions import crop_to_shape, frames_to_condition, latents_to_condition, picture_to_frame
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
 from pipelines.conditions import latent_frames
 from pipelines.jobs import Job
-from pipelines.long_video_settings import LongVideoSettings
+from pipelines.long_video.clip_conditions import (
+    crop_to_shape,
+    frames_to_condition,
+    latents_to_condition,
+    picture_to_frame,
+)
+from pipelines.long_video.settings import LongVideoSettings
 from pipelines.memory import stage
-from pipelines.progress_bars import ShownVAE
-from pipelines.text_to_video import VideoMaker
-from pipelines.video_file import VideoWriter, same_encoding, write_video
+from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.progress_bars import ShownVAE
 from preprocess.video import VideoInfo, probe, stream_frames
+from preprocess.video_writer import VideoWriter, same_encoding, write_video
 
 logger = logging.getLogger("selfsame")
 

@@ -17,11 +17,11 @@ from models.audio_encoder import load_audio_encoder
 from models.multitalk import MultiTalk, load_multitalk
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
-from pipelines.audio_guidance import UNCONDITIONAL, branch_prompts, three_branch
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert
+from pipelines.guidance import UNCONDITIONAL, branch_prompts, three_branch
 from pipelines.jobs import Job
-from pipelines.long_video import Existing, LongVideoMaker
-from pipelines.long_video_settings import read_speech
+from pipelines.long_video.pipeline import Existing, LongVideoMaker
+from pipelines.long_video.settings import read_speech
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, normalize_loudness

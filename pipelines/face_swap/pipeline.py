@@ -28,12 +28,9 @@ from models.wan.schedulers import Schedule, add_noise, get_schedule
 from models.wan.vae import Tiling
 from pipelines.conditions import initial_noise, latent_frames
 from pipelines.denoise import Expert
-from pipelines.face_swap_settings import FaceSwapSettings
+from pipelines.face_swap.settings import FaceSwapSettings
 from pipelines.jobs import Job
-from pipelines.progress_bars import ProgressBars
-from pipelines.side_file import write_side_picture
-from pipelines.text_to_video import VideoMaker, cut_face
-from pipelines.video_file import frames_to_uint8
+from pipelines.text_to_video.pipeline import VideoMaker, cut_face
 from pipelines.wan import Wan
 from preprocess.face import BiSeNetParser, FaceImage, load_parser
 from preprocess.face_detection import Face, load_detector
@@ -48,7 +45,10 @@ from preprocess.face_paste import (
     source_keypoints,
 )
 from preprocess.image import read_image
+from preprocess.progress_bars import ProgressBars
+from preprocess.side_file import write_side_picture
 from preprocess.video import VideoInfo, read_frames
+from preprocess.video_writer import frames_to_uint8
 
 logger = logging.getLogger("selfsame")
 

@@ -1,6 +1,6 @@
 """How much the people in pictures look like a photo: the cosine of ArcFace embeddings, one number for every method.
 
-    python -m preprocess.face_score me.jpg out.mp4 other.png
+    python -m metrics.likeness me.jpg out.mp4 other.png
 
     scorer = FaceScorer(load_recogniser(), [read_image("me.jpg")])
     scorer.score(frames)                                 # FaceScore(value=0.61, with_face=8, pictures=8)

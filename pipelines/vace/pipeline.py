@@ -21,14 +21,12 @@ from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
-from pipelines.control_video import VaceSettings, Window, plan_windows, read_mask, spread_frames
 from pipelines.distributed import Processes
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import stage
-from pipelines.progress_bars import ShownVAE
-from pipelines.text_to_video import VideoMaker
-from pipelines.vace_context import (
+from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.vace.context import (
     cover_resize,
     fit_reference,
     frames_to_clip,
@@ -37,11 +35,13 @@ from pipelines.vace_context import (
     vace_context,
     with_known_frames,
 )
-from pipelines.video_file import VideoWriter
+from pipelines.vace.settings import VaceSettings, Window, plan_windows, read_mask, spread_frames
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.image import read_image
+from preprocess.progress_bars import ShownVAE
 from preprocess.video import probe, stream_frames
+from preprocess.video_writer import VideoWriter
 
 logger = logging.getLogger("selfsame")
 

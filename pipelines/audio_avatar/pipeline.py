@@ -25,25 +25,24 @@ from models.wan.schedulers import make_solver
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
 from models.wan.transformer import Prompt, WanTransformer
 from pipelines import tiny
-from pipelines.audio_guidance import audio_native, branch_plugins, branch_prompts, three_branch
-from pipelines.avatar_settings import NOT_USED, AvatarSettings
-from pipelines.avatar_state import AvatarState
-from pipelines.avatar_windows import fuse, latent_length, plan_windows, sound_of
-from pipelines.color_match import match_colors
+from pipelines.audio_avatar.color_match import match_colors
+from pipelines.audio_avatar.settings import NOT_USED, AvatarSettings
+from pipelines.audio_avatar.state import AvatarState
+from pipelines.audio_avatar.windows import fuse, latent_length, plan_windows, sound_of
 from pipelines.conditions import cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
 from pipelines.distributed import Processes, shard_weights
+from pipelines.guidance import audio_native, branch_plugins, branch_prompts, three_branch
 from pipelines.jobs import Job
 from pipelines.memory import stage
-from pipelines.progress_bars import ProgressBars, ShownVAE, StepBar
-from pipelines.text_to_video import VideoMaker
-from pipelines.video_file import readable_bytes
+from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
-from preprocess.output import allocate
+from preprocess.output import allocate, readable_bytes
+from preprocess.progress_bars import ProgressBars, ShownVAE, StepBar
 
 logger = logging.getLogger("selfsame")
 

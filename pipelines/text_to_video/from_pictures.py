@@ -14,15 +14,15 @@ from torch import Tensor
 from pipelines.conditions import best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
-from pipelines.first_frame import first_frame_files, make_first_frame
-from pipelines.image_to_video_settings import ImageToVideoSettings
+from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
 from pipelines.jobs import Job
 from pipelines.networks import shape_of
-from pipelines.progress_bars import ShownVAE
 from pipelines.settings import check_split, family_of
-from pipelines.text_to_video import VideoMaker
+from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.text_to_video.settings import ImageToVideoSettings
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.progress_bars import ShownVAE
 
 logger = logging.getLogger("selfsame")
 

@@ -18,7 +18,7 @@ from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.clip_plan import Clip, pose_indices
 from pipelines.jobs import Job
-from pipelines.long_video import Existing, LongVideoMaker
+from pipelines.long_video.pipeline import Existing, LongVideoMaker
 from pipelines.memory import stage
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile

@@ -27,7 +27,7 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from models.wan.checkpoint import read_tensors
 from pipelines.conditions import cover_resize
-from pipelines.instant_id_settings import (
+from pipelines.instant_id.settings import (
     FACE_CENTRE,
     FACE_HEIGHT,
     FACE_ROLL,
@@ -37,14 +37,14 @@ from pipelines.instant_id_settings import (
 )
 from pipelines.jobs import Job
 from pipelines.memory import free_cached, place_pipeline, stage
-from pipelines.picture_file import write_picture
-from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.face import choose_face
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face, resize_picture
+from preprocess.picture_writer import write_picture
+from preprocess.progress_bars import ProgressBars
 
 logger = logging.getLogger("selfsame")
 

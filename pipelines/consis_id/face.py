@@ -19,7 +19,7 @@ from errors import InputError, WeightsError
 from models.identity.eva_clip import load_eva_tower
 from models.wan.checkpoint import read_tensors
 from models.wan.image_encoder import CLIP_MEAN, CLIP_STD
-from pipelines.consis_id_settings import ConsisIDSettings
+from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.weights import WeightsFile, face_files
 from preprocess.face import choose_face, load_parser
 from preprocess.face_alignment import align_face, grey, limit_size, similarity, to_uint8, white_background

@@ -10,7 +10,6 @@ ffmpeg (the binary that imageio-ffmpeg brings) runs as our own subprocess, fed w
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
@@ -18,7 +17,6 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import unicodedata
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -26,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError, ResourceError, UsageError
-from pipelines.record import LARGEST_RECORD, whole_record, without_folders
-from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, readable_file, reasons, run_ffmpeg
-from preprocess.output import create_empty, part_of, put_in_place
+from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, reasons, run_ffmpeg
+from preprocess.output import cannot_write, create_empty, part_of, put_in_place, readable_bytes, write_new
+from preprocess.record import read_metadata, sidecar_path, to_json, without_folders
 from preprocess.video import probe
 
 try:
@@ -38,8 +36,6 @@ except ImportError:  # Windows: two runs on one output are not kept apart there
 
 logger = logging.getLogger("selfsame")
 
-NAME_LIMIT = 240  # bytes; file systems allow 255, the hidden part files need the rest
-PATH_LIMIT = 4000  # bytes; Linux allows 4096
 ENCODER_THREADS = 4  # fixed, not one per core: x264's output depends on the number of threads
 
 # RGB -> YUV by the BT.709 matrix in limited ("tv") range, and tagged as such. ffmpeg's own default is the BT.601 matrix
@@ -51,10 +47,6 @@ TO_BT709 = (
 
 # An mp4 with its index in front, so that a browser plays it while it loads; and without version strings or dates.
 MP4 = ["-movflags", "+faststart", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-flags:a", "+bitexact", "-f", "mp4"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 class VideoWriter:
@@ -353,160 +345,8 @@ def frames_to_uint8(frames) -> np.ndarray:
     return np.rint((frames.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 
-def write_new(part: Path, content: bytes) -> None:
-    """Fill a work file that is made for it."""
-    create_empty(part)
-    part.write_bytes(content)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where to write
-
-KINDS = {".mp4": "video", ".png": "picture"}
-RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
-
-
-class OutputExistsError(UsageError):
-    """Something lies where the output is to go."""
-
-    def __init__(self, path: Path, message: str):
-        super().__init__(message)
-        self.path = path
-
-
-def resolve_output(path: str | os.PathLike, *, overwrite: bool, extension: str = ".mp4") -> Path:
-    """Check the file name that --output gave, create missing folders, and return it as an absolute path.
-
-    A link as the file itself is refused: putting the finished file in place would replace the link, not its target.
-    Links among the folders are fine.
-
-    Raises:
-        UsageError: nothing can or may be written there; the message says what to change.
-        ResourceError: the disk is full.
-    """
-    given, path = os.fspath(path), Path(os.path.abspath(os.path.expanduser(path)))
-    shown = given if len(given) <= 120 else f"{given[:100]}... ({len(given)} characters)"
-    if not given.strip() or "\0" in given:
-        raise UsageError(f"--output is {shown!r}; give a file name such as video{extension}")
-    if len(os.fsencode(path.name)) > NAME_LIMIT or len(os.fsencode(path)) > PATH_LIMIT:
-        raise UsageError(
-            f"--output {shown} is too long: a name may have {NAME_LIMIT} bytes, a path {PATH_LIMIT}; shorten it"
-        )
-    # is_dir() and friends say False, not "forbidden", where a parent folder may not be entered; that comes out below.
-    if given.endswith(("/", os.sep)) or path.is_dir():
-        raise UsageError(f"--output {shown} is a folder; give a file in it, {os.path.join(shown, 'video' + extension)}")
-    if path.suffix.lower() != extension:
-        raise UsageError(f"--output {shown} must end in {extension}; give {path.stem}{extension}")
-    if path.name.split(".")[0].strip().upper() in RESERVED_NAMES:
-        raise UsageError(f"--output {shown}: {path.stem} is a device name on Windows; give another name")
-    if path.is_symlink():
-        raise UsageError(f"--output {shown} is a link to {os.readlink(path)}; give that path itself")
-    prepare_folder(path.parent, shown)
-    for file in (path, sidecar_path(path)) if extension in (".mp4", ".png") else (path,):  # a sound has no record
-        if not os.path.lexists(file) or (file != path and is_leftover(path)):
-            continue
-        if not stat.S_ISREG(os.lstat(file).st_mode):
-            raise UsageError(f"--output {shown}: {file.name} exists and is no plain file; give another name")
-        if not overwrite:
-            record = "" if file == path else f" (the record that goes beside the {KINDS[extension]})"
-            raise OutputExistsError(
-                path, f"--output {shown}: {file.name}{record} exists; give another name, or add --overwrite"
-            )
-    return path
-
-
-def refuse_if_written(path: Path) -> None:
-    """Refuse an output that another run is writing, long before the lock of `VideoWriter` would.
-
-    Raises:
-        UsageError: it is.
-    """
-    if fcntl is None:
-        return
-    with contextlib.suppress(OSError), open(part_of(path, path.suffix[1:]), "rb") as part:
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the file is closed
-        except BlockingIOError:
-            raise UsageError(f"another run is writing {path}; wait for it or give another --output") from None
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether the record of a video is there without it, because its run was killed between the two renames."""
-    parts = (part_of(path), part_of(path, f"sound{path.suffix}"))
-    record = None if os.path.lexists(path) or not any(map(Path.is_file, parts)) else read_record(sidecar_path(path))
-    return record is not None and record.get("made_by") == "Selfsame"
-
-
-def prepare_folder(folder: Path, shown: str):
-    """Create the folder and try to write in it, which is the only test that holds for every user and file system."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"--output {shown}: no space left in {folder}") from None
-        raise UsageError(
-            f"--output {shown}: cannot write in {folder} ({error.strerror}); give a folder you may write in"
-        ) from None
-
-
-def safe_name(text: str, limit: int = 80) -> str:
-    """A file name (without extension) made from any text, a prompt for instance.
-
-    Letters, digits and accents of every script stay; anything else, emoji, dots and separators among it, becomes one
-    underscore, so the name can neither leave its folder nor look like a flag.
-
-    Args:
-        limit: length in UTF-8 bytes, 8 at least.
-    """
-    text = unicodedata.normalize("NFC", text[: 4 * limit])
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "-" else "_" for c in text)
-    name = re.sub("_+", "_", kept).strip("_-").encode()[:limit].decode(errors="ignore").strip("_-")
-    if not name:
-        return "video"
-    return f"video_{name}" if name.upper() in RESERVED_NAMES else name
-
-
-def sidecar_path(path: Path) -> Path:
-    """The record beside a video: out.mp4 -> out.json."""
-    return path.with_suffix(".json")
-
-
-def free_disk_or_error(path: str | os.PathLike, needed_bytes: int) -> None:
-    """Raise ResourceError unless the disk that holds (or will hold) `path` has `needed_bytes` free."""
-    folder = Path(os.path.abspath(path))
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise ResourceError(
-            f"{path} needs about {readable_bytes(needed_bytes)} of disk, {folder} has {readable_bytes(free)} free; "
-            "make room or give --output on another disk"
-        )
-
-
-def cannot_write(path: Path, error: OSError):
-    return ResourceError(f"cannot write {path}: {error.strerror or error}; no half-written video was left behind")
-
-
-def readable_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Metadata
-
-
-def to_json(metadata: dict, indent: int | None = None) -> bytes:
-    """UTF-8 JSON, readable in any script. Half a surrogate pair (from a badly decoded command line) stays an escape."""
-    text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, indent=indent, default=str)
-    return text.encode("utf-8", "backslashreplace")
 
 
 def ffmetadata(tags: dict[str, bytes]) -> bytes:
@@ -514,49 +354,6 @@ def ffmetadata(tags: dict[str, bytes]) -> bytes:
     lines = [b";FFMETADATA1\n"]
     lines += [key.encode() + b"=" + re.sub(rb"([=;#\\\n])", rb"\\\1", value) + b"\n" for key, value in tags.items()]
     return b"".join(lines)
-
-
-def read_metadata(path: str | os.PathLike) -> dict:
-    """What made the video: the record beside it, if it is this video's (there paths are whole); else the JSON in its
-    comment tag, else any record beside it.
-
-    Raises:
-        InputError: no such file, or neither place holds a JSON object.
-    """
-    inside, beside = read_comment(path), read_record(sidecar_path(Path(path)))
-    if inside is None and beside is None:
-        name = sidecar_path(Path(path)).name
-        raise InputError(f"{path} carries no record of what made it, and {name} does not either")
-    return beside if inside is None else whole_record(inside, beside)
-
-
-def read_comment(path: str | os.PathLike) -> dict | None:
-    """The record in the video itself.
-
-    Raises:
-        InputError: no such file.
-    """
-    result = run_ffmpeg(*media_input(readable_file(path)), "-f", "ffmetadata", "pipe:1")
-    header = re.split(rb"\n\[", result.stdout)[0]  # before the first [STREAM] or [CHAPTER]
-    comment = re.search(rb"^comment=((?:\\.|[^\\\n])*)", header, re.MULTILINE | re.DOTALL)
-    return as_record(re.sub(rb"\\(.)", rb"\1", comment[1], flags=re.DOTALL)) if comment else None
-
-
-def read_record(path: Path) -> dict | None:
-    """A record from a JSON file, if it is there and not larger than `LARGEST_RECORD`."""
-    try:
-        return as_record(path.read_bytes()) if path.stat().st_size <= LARGEST_RECORD else None
-    except OSError:
-        return None
-
-
-def as_record(text: bytes) -> dict | None:
-    """A JSON object, if it is one."""
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return metadata if isinstance(metadata, dict) else None
 
 
 def add_metadata(path: Path, further: dict) -> None:

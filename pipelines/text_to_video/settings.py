@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs import load_config
 from errors import UsageError
-from pipelines.instant_id_settings import (
+from pipelines.instant_id.settings import (
     MULTIPLE,
     InstantIdSettings,
     check_instant_id,

@@ -23,15 +23,15 @@ from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError,
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import is_out_of_memory, next_mode, stage
-from pipelines.progress_bars import ProgressBars
 from pipelines.record import progress_of
 from pipelines.settings import Settings
-from pipelines.side_file import write_side_picture
-from pipelines.video_file import VideoWriter, frames_to_uint8
 from pipelines.wan import Wan
 from preprocess.face import FaceImage, load_parser, prepare_face
 from preprocess.face_detection import load_detector
 from preprocess.image import read_image
+from preprocess.progress_bars import ProgressBars
+from preprocess.side_file import write_side_picture
+from preprocess.video_writer import VideoWriter, frames_to_uint8
 
 logger = logging.getLogger("selfsame")
 

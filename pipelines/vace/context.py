@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.wan.vae import WanVAE
 from pipelines.conditions import image_to_clip, initial_noise
-from pipelines.control_video import GRID
+from pipelines.vace.settings import GRID
 
 # ------------------------------------------------------------------------------------------------------ the context
 

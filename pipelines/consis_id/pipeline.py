@@ -40,8 +40,8 @@ from models.identity.consis_id import (
     split_config,
 )
 from models.wan.checkpoint import assign_tensors, read_tensors
-from pipelines.consis_id_face import FaceCondition, antelopv2_path, face_networks, network_files, prepare_face
-from pipelines.consis_id_settings import ConsisIDSettings
+from pipelines.consis_id.face import FaceCondition, antelopv2_path, face_networks, network_files, prepare_face
+from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.memory import (
@@ -54,13 +54,13 @@ from pipelines.memory import (
     size_of,
     stage,
 )
-from pipelines.progress_bars import ProgressBars
 from pipelines.record import describe_run
-from pipelines.side_file import write_side_picture
-from pipelines.video_file import VideoWriter
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights
 from preprocess.keypoints import draw_keypoints
+from preprocess.progress_bars import ProgressBars
+from preprocess.side_file import write_side_picture
+from preprocess.video_writer import VideoWriter
 
 logger = logging.getLogger("selfsame")
 

@@ -1,8 +1,8 @@
 """How a long video drifts: colour, sharpness, motion and likeness of every clip, as a table and a picture of curves.
 
-python -m pipelines.drift_report out.mp4                        writes out.drift.tsv and out.drift.png
-python -m pipelines.drift_report any.mp4 --clip_frames 81       of a video that carries no record of its clips
-python -m pipelines.drift_report out.mp4 --photo me.jpg         likeness to this photo, not to the first frame
+python -m metrics.drift out.mp4                        writes out.drift.tsv and out.drift.png
+python -m metrics.drift any.mp4 --clip_frames 81       of a video that carries no record of its clips
+python -m metrics.drift out.mp4 --photo me.jpg         likeness to this photo, not to the first frame
 
 red green blue   mean of each, 0 to 255
 shift            distance of the mean colour from the first clip's (CIE Lab, 2 is about what one sees)
@@ -26,12 +26,12 @@ import numpy
 from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
-from pipelines.progress_bars import ProgressBars
-from pipelines.side_file import write_side_picture, write_side_table
-from pipelines.video_file import read_metadata
+from metrics.likeness import FaceScorer
 from preprocess.face_detection import load_recogniser, recogniser_is_there
-from preprocess.face_score import FaceScorer
 from preprocess.image import read_image
+from preprocess.progress_bars import ProgressBars
+from preprocess.record import read_metadata
+from preprocess.side_file import write_side_picture, write_side_table
 from preprocess.video import probe, stream_frames
 
 logger = logging.getLogger("selfsame")

@@ -23,15 +23,16 @@ from pipelines.clip_plan import (
     plan_clips,
     prompts_of_clips,
 )
-from pipelines.control_video import probe_argument
-from pipelines.image_to_video_settings import FirstFrameSettings, check_first_frame
-from pipelines.lora import LoraSettings, brought_defaults, check_lora_settings
+from pipelines.lora_settings import LoraSettings, brought_defaults, check_lora_settings
 from pipelines.settings import PROJECT, check_values, is_record, resolve_settings
+from pipelines.text_to_video.settings import FirstFrameSettings, check_first_frame
 from pipelines.upstream import conditioning_as_trained, read_svi_command, variant_like
-from pipelines.video_file import read_metadata, safe_name
+from pipelines.vace.settings import probe_argument
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
+from preprocess.output import safe_name
 from preprocess.prompts import read_prompt_stream
+from preprocess.record import read_metadata
 from preprocess.video import stream_frames
 
 logger = logging.getLogger("selfsame")

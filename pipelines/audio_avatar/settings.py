@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy
 
 from errors import UsageError
-from pipelines.lora import LoraSettings, resolve_lora_settings
+from pipelines.lora_settings import LoraSettings, resolve_lora_settings
 from pipelines.settings import PROJECT, check_pictures, check_values
-from pipelines.video_file import safe_name
 from preprocess.audio import AudioTimeline, read_audio
+from preprocess.output import safe_name
 
 # upstream's memory modes -> --memory and --fp8
 GPU_MEMORY_MODES = {

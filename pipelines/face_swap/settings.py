@@ -13,8 +13,9 @@ from configs import load_config
 from errors import ResourceError, UsageError
 from pipelines.networks import shape_of
 from pipelines.settings import PROJECT, Settings, resolve_settings
-from pipelines.video_file import readable_bytes, write_video
+from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe
+from preprocess.video_writer import write_video
 
 logger = logging.getLogger("selfsame")
 

@@ -20,17 +20,18 @@ from configs import load_config
 from errors import InputError, ResourceError
 from pipelines.conditions import cover_resize
 from pipelines.distributed import choose_device
-from pipelines.image_to_video_settings import FirstFrameSettings, first_frame_path, picture_settings
-from pipelines.instant_id import FaceGuide, PictureMaker, describe_picture, guide_face, needed_files
-from pipelines.instant_id_settings import FACE_HEIGHT, InstantIdSettings
+from pipelines.instant_id.pipeline import FaceGuide, PictureMaker, describe_picture, guide_face, needed_files
+from pipelines.instant_id.settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
-from pipelines.picture_file import read_picture_metadata, write_picture
 from pipelines.scoring import load_scorer, make_scored
-from pipelines.side_file import MARK, write_side_picture
+from pipelines.text_to_video.settings import FirstFrameSettings, first_frame_path, picture_settings
 from pipelines.weights import WeightsFile
 from preprocess.face_detection import load_recogniser
 from preprocess.image import read_image
 from preprocess.output import whole_file
+from preprocess.picture_writer import write_picture
+from preprocess.record import read_picture_metadata
+from preprocess.side_file import MARK, write_side_picture
 
 logger = logging.getLogger("selfsame")
 
