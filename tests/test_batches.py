@@ -181,19 +181,23 @@ def test_every_script_goes_on_after_that(tmp_path, script, cleaned):
     assert read_comment(output)["content"] == json.loads((tmp_path / "out.json").read_text())["content"]
 
 
+def parts_of(script: str, folder: Path) -> tuple:
+    """A script whose video is joined of two files: two windows of a control video, or two clips."""
+    if script == "long":
+        module, flags = SCRIPTS["long"]
+        return module, [*flags, "--num_clips", 2]
+    frames = numpy.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), numpy.uint8)
+    write_video(folder / "control.mp4", [frames], fps=16)
+    module, flags = SCRIPTS["vace"]
+    windows = ["--num_frames", 9, "--window_frames", 5, "--window_overlap", 1]
+    return module, [*flags, *windows, "--reference_video", folder / "control.mp4"]
+
+
 @pytest.mark.parametrize("moment", ["finish", "join"])
 @pytest.mark.parametrize("script", ["windows", "long"])
-def test_killed_between_the_last_part_and_the_join(tmp_path, monkeypatch, calls, script, moment):
+def test_killed_between_the_last_part_and_the_join(tmp_path, calls, script, moment):
     """Its latents are finished, or its frames too: nothing is denoised again, and the frames are an unbroken run's."""
-    if script == "windows":
-        control = tmp_path / "control.mp4"
-        frames = numpy.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), numpy.uint8)
-        write_video(control, [frames], fps=16)
-        module, flags = SCRIPTS["vace"]
-        flags = [*flags, "--num_frames", 9, "--reference_video", control, "--window_frames", 5, "--window_overlap", 1]
-    else:
-        module, flags = SCRIPTS["long"]
-        flags = [*flags, "--num_clips", 2]
+    module, flags = parts_of(script, tmp_path)
     run(module, *flags, "--output", tmp_path / "whole.mp4")
     output, kind = tmp_path / "out.mp4", {"finish": ClipStore, "join": VideoWriter}[moment]
     child = os.fork()
@@ -214,4 +218,27 @@ def test_killed_between_the_last_part_and_the_join(tmp_path, monkeypatch, calls,
     run(module, *flags, "--output", output)
     assert not calls, "finished steps were computed again"
     assert (read_frames(output) == read_frames(tmp_path / "whole.mp4")).all()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("script", ["windows", "long"])
+@pytest.mark.parametrize("part", ["00000.mp4", "00001.mp4"])
+def test_a_flipped_bit_of_a_finished_part_is_never_joined(tmp_path, monkeypatch, caplog, script, part):
+    module, flags = parts_of(script, tmp_path)
+    run(module, *flags, "--output", tmp_path / "whole.mp4")
+    whole = read_frames(tmp_path / "whole.mp4")
+
+    def interrupt(self, videos):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VideoWriter, "join", interrupt)
+        run(module, *flags, "--output", tmp_path / "out.mp4")
+    damaged = tmp_path / ".out.clips" / part
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1  # a pixel's
+    damaged.write_bytes(content)
+    run(module, *flags, "--output", tmp_path / "out.mp4")
+    assert f"{part} is damaged; starting from the first clip" in caplog.text
+    assert (read_frames(tmp_path / "out.mp4") == whole).all()
     assert not list(tmp_path.glob(".*"))

@@ -13,7 +13,10 @@ import infer_long_video
 from errors import ResourceError, UsageError, UserError
 from metrics.drift import report
 from pipelines.audio_avatar.state import create_on_disk
+from pipelines.instant_id import first_frame
+from pipelines.instant_id.pipeline import FaceGuide
 from pipelines.job_state import load_state, save_state
+from pipelines.text_to_video.settings import resolve_image_to_video
 from preprocess.image import read_image, write_png
 from preprocess.output import allocate, part_of, whole_file
 from preprocess.picture_writer import write_picture
@@ -90,6 +93,74 @@ def test_a_state_is_never_half(tmp_path, monkeypatch):
     tensors, metadata = load_state(path, "")
     assert metadata == {"step": "1"} and tensors["a"].tolist() == [1, 1]
     assert names(tmp_path) == [path.name]
+
+
+def refuse_renaming(monkeypatch, name: str) -> None:
+    """As if the disk were full at the end of this file."""
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+
+
+@pytest.mark.parametrize("name", ["v.drift.tsv", "v.drift.png"])
+def test_a_drift_report_is_never_half(tmp_path, monkeypatch, name):
+    write_video(tmp_path / "v.mp4", [FRAMES], fps=8)
+    report(tmp_path / "v.mp4")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_video(tmp_path / "v.mp4", [255 - FRAMES], fps=8)
+    refuse_renaming(monkeypatch, name)
+    with pytest.raises(ResourceError, match="No space left|the disk is full"):
+        report(tmp_path / "v.mp4")
+    assert (tmp_path / name).read_bytes() == before[name] and names(tmp_path) == sorted(before)
+
+
+FIRST_FRAME = [f"v.first_frame.{end}" for end in ("safetensors", "keypoints.png", "json", "png")]
+
+
+class GreyPictures:
+    """In place of SDXL."""
+
+    def __init__(self, *args):
+        pass
+
+    def make(self, job) -> Path:
+        write_picture(job.output, numpy.full((64, 64, 3), 100, numpy.uint8), RECORD)
+        return job.output
+
+    def free(self) -> None:
+        pass
+
+
+@needs_proc
+@pytest.mark.parametrize("failing", [None, *FIRST_FRAME])
+def test_a_first_frame_is_whole_or_not_there(tmp_path, monkeypatch, events, failing):
+    """Each file is synced and renamed, the picture that says that all are there last; and none is ever half."""
+    args = ["--first_frame", "instantid", "--ip_image", "assets/face.png", "--prompt", "x"]
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    settings, _ = resolve_image_to_video(infer.parse_args([*args, *TINY, "--output", str(tmp_path / "v.mp4")]))
+    keypoints = numpy.array([[20.0, 20], [40, 20], [30, 30], [22, 40], [38, 40]])
+    guide = FaceGuide(numpy.ones(512, numpy.float32), keypoints, (10.0, 10, 50, 50), (64, 64))
+    monkeypatch.setattr(first_frame, "guide_face", lambda *args: guide)
+    monkeypatch.setattr(first_frame, "PictureMaker", GreyPictures)
+    for name in ("load_recogniser", "load_scorer"):
+        monkeypatch.setattr(first_frame, name, lambda *args: None)
+    if failing is not None:
+        refuse_renaming(monkeypatch, failing)
+        with pytest.raises(UserError, match="No space left|the disk is full") as error:
+            first_frame.make_first_frame(settings, tmp_path / "v.mp4")
+        assert error.value.exit_code == 5
+        assert not (tmp_path / failing).exists() and not list(tmp_path.glob(".*"))
+        return
+    assert first_frame.make_first_frame(settings, tmp_path / "v.mp4").shape == (32, 32, 3)
+    assert [name for kind, name in events if kind == "rename"] == [*FIRST_FRAME[2:], *FIRST_FRAME]
+    synced = [name for kind, name in events if kind == "sync"]
+    assert {part_of(Path(name)).name for name in FIRST_FRAME[:2]} < set(synced)
+    assert names(tmp_path) == sorted(FIRST_FRAME)
 
 
 # ------------------------------------------------------------------------------------------------------ planted links
