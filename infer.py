@@ -78,7 +78,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
         return []
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
     wan = Wan(settings, config, processes)
-    wan.check()
+    wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
     wan = Wan(settings, config, processes)
-    wan.check()
+    wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()

@@ -128,7 +128,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
     wan = load(settings, config, processes)
     wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
-    wan.check()  # LoRAs take memory too
+    wan.check(jobs)  # LoRAs take memory too
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         return make_all(None, jobs, processes)

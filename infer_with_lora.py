@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         return []
     wan = Wan(settings, config, processes)
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
-    wan.check()
+    wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         return []
     wan = VaceWan(settings, config, processes)
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
-    wan.check(at_once=replace(settings, num_frames=frames))
+    wan.check(jobs, at_once=replace(settings, num_frames=frames))
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):
         processes.close()

@@ -37,7 +37,8 @@ class ClipStore:
         self.folder = output.with_name(f".{output.stem}.clips")
         self.handed = self.folder / "handed.safetensors"
         self.identity = identity
-        self.digest = Progress(identity).of_denoised
+        progress = Progress(identity)
+        self.digest, self.chosen = progress.of_denoised, progress.chosen
         self.clips = clips
 
     def path(self, clip: Clip) -> Path:
@@ -80,9 +81,8 @@ class ClipStore:
         """
         videos = [hash_of_file(path) for path in self.paths[: clip.index + 1]]
         clips = json.dumps(self._described(clip.index + 1))
-        save_state(
-            self.handed, {"handed": handed}, {"identity": self.digest, "clips": clips, "videos": json.dumps(videos)}
-        )
+        metadata = {"identity": self.digest, "clips": clips, "videos": json.dumps(videos)}
+        save_state(self.handed, {"handed": handed}, metadata | self.chosen)
         self.state(clip).remove()
 
     def remove(self) -> None:

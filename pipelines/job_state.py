@@ -4,6 +4,7 @@ Saved as safetensors beside the output (`.NAME.state.safetensors`), written besi
 is whole. A state counts only if it was made from the same content (`record.progress_of`) and no bit of it changed.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -72,22 +73,42 @@ class Progress:
     Args:
         identity: everything that decides the latents (`record.progress_of`). What is under its key "encoding", how
             pictures were encoded, does not count once all of its "num_steps" are done: nothing is left but to decode
-            them, and that may be done in another way than the one that ran out of memory.
+            them, and that may be done in another way than the one that ran out of memory. What is under "chosen" is
+            only written down, for `chosen_before`.
     """
 
     def __init__(self, identity: dict):
+        identity = dict(identity)
+        self.chosen = {"chosen": json.dumps(identity.pop("chosen", {}))}
         self.digest = digest_of(identity)
         self.of_denoised = digest_of({name: value for name, value in identity.items() if name != "encoding"})
         self.num_steps = identity.get("num_steps")
 
     def as_metadata(self, step: int) -> dict[str, str]:
-        return {"digest": self.digest, "of_denoised": self.of_denoised, "step": str(step)}
+        return {"digest": self.digest, "of_denoised": self.of_denoised, "step": str(step)} | self.chosen
 
     def counts(self, metadata: Mapping[str, str]) -> bool:
         is_denoised = self.num_steps is not None and metadata.get("step") == str(self.num_steps - 1)
         return metadata.get("digest") == self.digest or (
             is_denoised and metadata.get("of_denoised") == self.of_denoised
         )
+
+
+def chosen_before(output: Path, begun_as: str) -> tuple[Path, dict] | None:
+    """The saved progress of a video that was begun as this one (`record.begun_as`), and what was chosen for it by the
+    memory that was free then; of steps, of an avatar's windows, or of finished clips. None where there is none.
+    """
+    name = f".{glob.escape(output.stem)}"
+    for pattern in (f"{name}.state.safetensors", f"{name}.state/latents.safetensors", f"{name}.clips/*.safetensors"):
+        for path in sorted(output.parent.glob(pattern)):
+            try:
+                with safe_open(path, "pt") as file:
+                    chosen = json.loads((file.metadata() or {}).get("chosen", "{}"))
+            except (SafetensorError, OSError, ValueError):
+                continue  # whoever goes on from it says so
+            if chosen.get("begun_as") == begun_as:
+                return path, chosen
+    return None
 
 
 class JobState:

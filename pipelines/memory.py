@@ -155,6 +155,7 @@ def estimate_needs(
     text_encoder: int = TEXT_ENCODER,
     beside: nn.Module | None = None,
     more: Mapping[str, int] | None = None,
+    more_fp8: Mapping[str, int] | None = None,
 ) -> Needs:
     """What a video takes.
 
@@ -166,16 +167,17 @@ def estimate_needs(
         encodes: the VAE reads pictures or videos of this size too.
         vae, text_encoder: of a model that has not the released ones.
         beside: layers that run beside the transformer (VACE, audio), on the meta device.
-        more: memory mode -> bytes of further weights beside one expert (live LoRAs).
+        more, more_fp8: memory mode -> bytes of further weights (live LoRAs: those of one expert, under `resident` of
+            all), beside weights in `itemsize` and in float8.
     """
     wide, narrow = (
         add_bytes(
-            transformer_bytes(shape, itemsize, fp8),
-            {} if beside is None else beside_bytes(beside, itemsize, fp8),
-            more or {},
+            transformer_bytes(shape, itemsize, fp8), {} if beside is None else beside_bytes(beside, itemsize, fp8)
         )
         for fp8 in (False, True)
     )
+    of_experts, of_experts_fp8 = ({"resident": (experts - 1) * each["resident"]} for each in (wide, narrow))
+    wide, narrow = add_bytes(wide, more or {}), add_bytes(narrow, more_fp8 or {})  # all experts' if resident
 
     spatial = shape.vae_spatial_factor
     rows, columns = height // spatial, width // spatial
@@ -200,8 +202,8 @@ def estimate_needs(
         experts=experts,
         expert=wide["model"],
         expert_fp8=narrow["model"],
-        weights=wide | {"resident": experts * wide["resident"]},
-        weights_fp8=narrow | {"resident": experts * narrow["resident"]},
+        weights=add_bytes(wide, of_experts),
+        weights_fp8=add_bytes(narrow, of_experts_fp8),
         call=tokens * max(attention, feed_forward),
         kept_text=int(kept_text),
         kept_photos=1024 * photos * kept + adapter,

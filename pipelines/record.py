@@ -93,6 +93,18 @@ def progress_of(record: dict, weights: Sequence[WeightsFile], encodes_pictures: 
     }
 
 
+def begun_as(record: dict, weights: Sequence[WeightsFile], of_later_clips: Iterable[str] = ()) -> str:
+    """A digest of what is known of the latents before anything is read, but for what `--memory auto` leaves open: by it
+    a run finds the saved progress that it could go on from.
+
+    of_later_clips: settings that may change while finished clips still count.
+    """
+    without = (*OF_THE_MACHINE, *AFTER_DENOISING, *LEFT_OPEN, *of_later_clips)
+    parts = hashes_of(part for part in weights if part.until_denoised and part.name != "VAE")
+    names = ("versions", "inputs", "model", "device", "dtype", "attention_backend")
+    return digest_of([counted(record["settings"], without), parts, *(record.get(name) for name in names)])
+
+
 def digest_of(content: object) -> str:
     """One short value for everything that decides something."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

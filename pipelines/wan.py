@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,8 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
 from pipelines.distributed import Processes, choose_device, split_sequence
+from pipelines.job_state import chosen_before
+from pipelines.jobs import Job
 from pipelines.memory import (
     MODES,
     TEXT_ENCODER,
@@ -42,7 +44,7 @@ from pipelines.memory import (
     offload_groups,
     stage,
 )
-from pipelines.record import describe_run
+from pipelines.record import LEFT_OPEN, begun_as, describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.progress_bars import ProgressBars
@@ -275,10 +277,11 @@ class Wan:
         path = Path(given or self.base_path)
         return found_or(path, part_of_release, path, *place)
 
-    def check(self, at_once: Settings | None = None) -> None:
+    def check(self, jobs: Iterable[Job] = (), at_once: Settings | None = None) -> None:
         """Look for what would end the run later, before anything loads; and choose what `--memory auto` leaves open.
 
         Args:
+            jobs: the videos that are to be made; where one of them was begun, its choice is kept.
             at_once: settings of the most that is computed at one time, where that is less than the whole video.
 
         Raises:
@@ -288,7 +291,7 @@ class Wan:
         if not self._checked_files:
             self.check_files()
         self.check_attention_backend()
-        self.use_placement(self.processes.share(self.choose_placement(self.needs(at_once))))
+        self.use_placement(self.processes.share(self.choose_placement(self.needs(at_once), jobs)))
         check_memory(self.settings, self.placement.device_bytes, self.device)
         if self.has_own_memory:
             check_host_memory(self.settings.memory, self.placement.host_bytes)
@@ -312,6 +315,7 @@ class Wan:
             text_encoder=0 if self.is_tiny else TEXT_ENCODER,
             beside=self.model_beside(),
             more={memory: self.lora_bytes(memory) for memory in MODES},
+            more_fp8={memory: self.lora_bytes(memory, fp8=True) for memory in MODES},
         )
 
     def model_beside(self) -> ModelMixin | None:
@@ -330,24 +334,53 @@ class Wan:
         """Whether the device's memory is another than the machine's."""
         return self.device.type == "cuda"
 
-    def choose_placement(self, needs: Needs) -> Placement:
-        """Where the parts live: as the settings say, and where they say `auto`, what is fastest with what is free."""
+    def choose_placement(self, needs: Needs, jobs: Iterable[Job] = ()) -> Placement:
+        """Where the parts live: as the settings say, and where they say `auto`, what is fastest with what is free. What
+        changes frames stays as it was for a video that was begun, as long as that fits: its steps would be lost.
+        """
         settings = self.settings
-        fp8 = settings.fp8
+        given = {"fp8": settings.fp8, "tiled": settings.tiled}
         if settings.compile or getattr(settings, "lora_mode", None) == "merged":
-            fp8 = bool(fp8)  # not chosen: it cannot be compiled, and most of a merged LoRA would be rounded away
+            given["fp8"] = bool(given["fp8"])  # not chosen: not to be compiled, and rounds most of a merged LoRA away
         free = free_bytes(self.device)
-        placement = choose_mode(
-            needs,
-            *free,
-            device="cuda" if self.has_own_memory else "cpu",
-            memory=settings.memory,
-            fp8=fp8,
-            tiled=settings.tiled,
+        choose = partial(
+            choose_mode, needs, *free, device="cuda" if self.has_own_memory else "cpu", memory=settings.memory
         )
-        if settings.memory == "auto" and (self.has_own_memory or placement.name != "resident"):
+        placement = choose(**given)
+        if settings.memory != "auto":
+            return placement
+        if (begun := self._begun(jobs)) is not None:
+            path, kept = begun[0], given | {name: value for name, value in begun[1].items() if given[name] is None}
+            as_begun = choose(**kept)
+            changes = as_begun.fits and (as_begun.fp8, as_begun.tiled) != (placement.fp8, placement.tiled)
+            placement = as_begun if as_begun.fits else placement
+            if changes:
+                logger.info(
+                    "%s was made with %s weights%s: they are kept, so that it counts (without the file, auto chooses)",
+                    *(path, "float8" if as_begun.fp8 else str(self.dtype).removeprefix("torch.")),
+                    " and tiles" if as_begun.tiled else "",
+                )
+        if self.has_own_memory or placement.name != "resident":
             logger.info("--memory auto: %s", placement.describe(*free, on_gpu=self.has_own_memory))
         return placement
+
+    def _begun(self, jobs: Iterable[Job]) -> tuple[Path, dict[str, bool]] | None:
+        """The saved progress of the first job that was begun, and what was chosen for it."""
+        retries = 0 if self.settings.min_face_score is None else self.settings.max_retries
+        for job in jobs:
+            for seed in range(job.seed, job.seed + retries + 1):
+                name = self.chosen(self.describe(job.prompt, seed))["begun_as"]
+                if (found := chosen_before(job.output, name)) is not None:
+                    return found[0], {name: value for name, value in found[1].items() if name in LEFT_OPEN}
+        return None
+
+    def chosen(self, record: dict) -> dict:
+        """What a state has to tell, so that a later run can choose as this one did. Tiles matter to the latents only
+        where the VAE has a part in them.
+        """
+        later = getattr(self.settings, "of_later_clips", ())
+        tiles = {"tiled": bool(self.settings.tiled)} if self.encodes_pictures else {}
+        return {"begun_as": begun_as(record, self.weights(), later), "fp8": bool(self.settings.fp8)} | tiles
 
     def use_placement(self, placement: Placement) -> None:
         """What decides the frames (fp8, tiles) becomes a setting, and so part of the record; the rest does not."""
@@ -618,9 +651,12 @@ class Wan:
         start, end = (round(share * num_steps) for share in self._lora_steps)
         return start <= step < end
 
-    def lora_bytes(self, memory: str | None = None) -> int:
-        """What live LoRAs add to the device memory under a memory mode, by default the present one."""
-        if not self._live_loras:
+    def lora_bytes(self, memory: str | None = None, fp8: bool = False) -> int:
+        """What live LoRAs add to the device memory under a memory mode, by default the present one.
+
+        fp8: beside float8 weights, where they are live unless they were asked to be merged.
+        """
+        if not self._loras or not (replace(self.settings, fp8=True).live_loras if fp8 else self._live_loras):
             return 0
         of_experts = [
             sum(pair.down.numel() + pair.up.numel() for lora, _ in loras for pair in lora.pairs.values())

@@ -4,6 +4,7 @@ would be moved to one stays on the CPU, and what is free is made up.
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,16 @@ from errors import ResourceError
 from models.wan.float8 import STORAGE
 from models.wan.text_encoder import TextEncoder, text_encoder_from_tensors
 from pipelines import memory as memory_module
-from pipelines.distributed import start_processes
+from pipelines.audio_avatar.state import AvatarState
+from pipelines.clip_plan import Clip
+from pipelines.clip_store import ClipStore
+from pipelines.denoise import Step
+from pipelines.distributed import Processes, start_processes
+from pipelines.job_state import JobState, chosen_before
+from pipelines.jobs import list_jobs
+from pipelines.long_video.settings import LongVideoSettings
 from pipelines.memory import GIB, offload_groups, place
+from pipelines.record import begun_as
 from pipelines.settings import resolve_settings
 from pipelines.tiny import tiny_text_encoder
 from pipelines.wan import Wan
@@ -23,6 +32,7 @@ from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests import tiny
 from tests.test_infer import PROJECT, SMALL, fail_once, make
+from tests.test_progress import stop_after
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +216,98 @@ def test_an_fp8_run_holds_float8_weights_alone(gpu):
     wan.check()
     linears = [p for n, p in wan.transformer(0).named_parameters() if n.startswith("blocks") and p.ndim == 2]
     assert linears and {p.dtype for p in linears} == {STORAGE}
+
+
+# ------------------------------------------------------------------------------------------ what was begun goes on
+
+
+@pytest.fixture
+def choices(gpu, monkeypatch):
+    """`choices(fp8)`: as much is free as `auto` takes float8 for, or not; what is asked for is what it takes."""
+
+    def free_for(fp8, fits=True):
+        def choice(needs, *free, **asked):
+            takes = fp8 if asked["fp8"] is None else asked["fp8"]
+            chosen = place(needs, "group", takes, bool(asked["tiled"]), True, True, True)
+            return replace(chosen, fits=fits or takes == fp8)
+
+        gpu("group")
+        monkeypatch.setattr("pipelines.wan.choose_mode", choice)
+
+    return free_for
+
+
+def float8_of(output) -> bool:
+    return read_metadata(output)["settings"]["fp8"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_saved_progress_counts_though_less_or_more_memory_is_free(tmp_path, choices, monkeypatch, caplog, calls, begun):
+    caplog.set_level("INFO", logger="selfsame")
+    choices(begun)
+    whole = make(tmp_path / "whole.mp4")
+    stop_after(monkeypatch, 1, lambda: make(tmp_path / "out.mp4"))
+    choices(not begun)
+    calls.clear()
+    assert (make(tmp_path / "out.mp4") == whole).all()
+    assert len(calls) == 2, "one step was left"
+    assert float8_of(tmp_path / "out.mp4") == begun
+    lines = [r.getMessage() for r in caplog.records if "are kept, so that it counts" in r.getMessage()]
+    assert len(lines) == 1 and (tmp_path / ".out.state.safetensors").name in lines[0]
+    assert ("float8 weights" if begun else "float32 weights") in lines[0]
+    make(tmp_path / "other.mp4")
+    assert float8_of(tmp_path / "other.mp4") != begun, "what was not begun is chosen as ever"
+
+
+def test_what_no_longer_fits_or_is_of_other_settings_does_not_bind(tmp_path, choices, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="selfsame")
+    choices(False)
+    stop_after(monkeypatch, 1, lambda: make(tmp_path / "out.mp4"))
+    for flags, fits in ((["--seed", 3], True), (["--fp8"], True), ([], False)):
+        choices(True, fits)
+        wan = wan_of("--output", tmp_path / "out.mp4", "--prompt", "x", *flags)
+        wan.check(list_jobs(wan.settings))
+        assert wan.settings.fp8 is True
+    assert "are kept" not in caplog.text
+
+
+@pytest.mark.parametrize("place_of", ["steps", "clips", "windows"])
+def test_each_kind_of_saved_progress_tells_what_was_chosen(tmp_path, place_of):
+    output, chosen = tmp_path / "a[1].mp4", {"begun_as": "x", "fp8": True, "tiled": False}
+    identity, step = {"num_steps": 3, "chosen": chosen}, Step(0, torch.ones(2), torch.ones(2), {})
+    assert chosen_before(output, "x") is None
+    if place_of == "steps":
+        JobState(output, identity).save(step)
+    elif place_of == "clips":
+        store = ClipStore(output, identity, [Clip(0, 1, "x", 0, (), None, range(5))])
+        store.load()
+        store.state(store.clips[0]).save(step)
+        assert chosen_before(output, "x")[1] == chosen
+        store.paths[0].write_bytes(b"video")
+        store.finish(store.clips[0], torch.ones(2))
+    else:
+        state = AvatarState(output, identity, (1, 1, 2, 2), Processes(0, 1, torch.device("cpu"), False))
+        state.open([torch.ones(1, 2, 2)], resumable=False)
+    assert chosen_before(output, "x")[1] == chosen
+    assert chosen_before(output, "y") is None and chosen_before(tmp_path / "a1.mp4", "x") is None
+
+
+def test_tiles_are_kept_where_the_vae_made_part_of_the_latents(gpu, monkeypatch):
+    gpu("resident", tiled=True)
+    for encodes, names in ((False, {"begun_as", "fp8"}), (True, {"begun_as", "fp8", "tiled"})):
+        monkeypatch.setattr(Wan, "encodes_pictures", encodes)
+        wan = wan_of("--prompt", "x")
+        before = wan.chosen(wan.describe("x", 0))
+        wan.check()
+        after = wan.chosen(wan.describe("x", 0))
+        assert after.keys() == names and after["begun_as"] == before["begun_as"]
+        assert after.get("tiled") is ("tiled" in names or None)
+
+
+def test_later_clips_may_change_what_is_said_of_them():
+    record = {"settings": {"prompt": ["a"], "num_clips": 2, "fp8": True, "tiled": None, "seed": [0]}}
+    other = {"settings": record["settings"] | {"prompt": ["a", "b"], "num_clips": 3, "fp8": False}}
+    later = LongVideoSettings.of_later_clips
+    assert begun_as(record, [], later) == begun_as(other, [], later) != begun_as(record, [])
+    assert begun_as(other, []) != begun_as(record, [])
+    assert begun_as(record, [], later) != begun_as({"settings": record["settings"] | {"seed": [1]}}, [], later)

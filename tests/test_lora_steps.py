@@ -202,3 +202,23 @@ def test_live_loras_count_as_memory_and_merged_ones_do_not(lora, monkeypatch):
     assert bytes_of("--lora_mode", "live", "--dtype", "bf16")[0] == 2 * values
     by_mode = [bytes_of("--lora_mode", "live", memory=mode)[0] for mode in ("resident", "model", "group", "sequential")]
     assert by_mode == [4 * values, 4 * values, 4 * (2 * values // tiny.LAYERS), 0]
+
+
+def test_loras_are_counted_where_auto_would_have_them_live(lora):
+    """Merged ones beside bfloat16, live ones beside float8; and never where they were asked to be merged."""
+    values = sum(t.numel() for pair in factors().values() for t in pair)
+
+    def more(*flags):
+        args = infer_with_lora.parse_args(arguments("x.mp4", "--lora_path", lora, *flags))
+        settings, config = resolve_lora_settings(args)
+        wan = Wan(settings, config, start_processes("cpu"))
+        without = wan.needs()
+        wan.use_loras(settings.lora_files(1), settings.live_loras)
+        needs = wan.needs()
+        return tuple(
+            getattr(needs, name)["model"] - getattr(without, name)["model"] for name in ("weights", "weights_fp8")
+        )
+
+    assert more() == (0, 4 * values)
+    assert more("--lora_mode", "live") == (4 * values, 4 * values)
+    assert more("--lora_mode", "merged") == (0, 0)

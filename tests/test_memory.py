@@ -64,6 +64,17 @@ def test_each_mode_needs_less_and_the_first_holds_the_weights(settings):
     assert weights / 2 < halved < estimate(settings, memory="model") - 0.45 * weights
 
 
+def test_further_weights_are_those_of_all_experts_already():
+    shape, size = VARIANTS["t2v-14B"], (64, 64, 5)
+    more = {"resident": 7, "model": 4, "group": 2}
+    for experts in (1, 2):
+        plain = estimate_needs(shape, *size, experts=experts)
+        needs = estimate_needs(shape, *size, experts=experts, more=more, more_fp8={"model": 3})
+        assert {mode: needs.weights[mode] - plain.weights[mode] for mode in MODES} == more | {"sequential": 0}
+        assert [needs.weights_fp8[mode] - plain.weights_fp8[mode] for mode in MODES] == [0, 3, 0, 0]
+        assert (needs.expert - plain.expert, needs.expert_fp8 - plain.expert_fp8) == (4, 3)
+
+
 def test_more_frames_and_pixels_need_more(settings):
     base = estimate(settings)
     assert estimate(settings, num_frames=321) > base

@@ -230,9 +230,8 @@ class LongVideoMaker(VideoMaker):
 
     def progress(self, metadata: dict) -> dict:
         """What decides every clip's latents, beside the plan; further clips and other prompts may follow later."""
-        without = ["prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"]
-        without += ["video_frames"]
-        without += [] if self.end is not None else ["num_clips"]  # which clip is the last one is seen in its frames
+        without = set(self.settings.of_later_clips)
+        without -= set() if self.end is None else {"num_clips"}  # which clip is the last one is seen in its frames
         progress = super().progress(metadata)
         settings = {name: value for name, value in progress["settings"].items() if name not in without}
         return progress | {"settings": settings, "clips": None}

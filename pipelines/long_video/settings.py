@@ -114,6 +114,10 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
     prompts_are_clips: ClassVar[bool] = True  # of one video
+    of_later_clips: ClassVar[tuple[str, ...]] = (  # what may change while the clips that are finished still count
+        *("prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"),
+        *("video_frames", "num_clips"),
+    )
 
     ip_image: tuple[str, ...] = ()
     variant: str = "shot"

@@ -345,4 +345,4 @@ class VideoMaker:
     def progress(self, metadata: dict) -> dict:
         """What of the metadata decides the latents: saved progress counts only under the same."""
         progress = progress_of(metadata, self.wan.weights(), self.wan.encodes_pictures)
-        return progress | {"num_steps": self.schedule.num_steps}
+        return progress | {"num_steps": self.schedule.num_steps, "chosen": self.wan.chosen(metadata)}
