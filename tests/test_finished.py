@@ -39,14 +39,14 @@ def instant_id(folder):
     write_antelopev2(folder / "antelopev2", ((6, 8, 0.9, 3),))
     paths = ["--sdxl_path", write_sdxl(folder / "sdxl"), "--instantid_path", write_instant_id(folder / "InstantID")]
     small = ["--height", 256, "--width", 256, "--num_inference_steps", 2, "--antelopv2_path", folder / "antelopev2"]
-    return infer, ["--method", "instantid", *paths, *small, *PHOTO], "instant_id.load_instant_id"
+    return infer, ["--method", "instantid", *paths, *small, *PHOTO], "instant_id.pipeline.load_instant_id"
 
 
 def consis_id(folder):
     (folder / "release").mkdir()
     release = ["--method", "consisid", "--base_path", write_release(folder / "release", "1.0"), "--num_frames", 9]
     small = ["--height", 64, "--width", 96, "--num_inference_steps", 2, "--face_detector", "scrfd"]
-    return infer, [*release, *small, *PHOTO], "consis_id.ConsisID.prepare_face"
+    return infer, [*release, *small, *PHOTO], "consis_id.pipeline.ConsisID.prepare_face"
 
 
 @pytest.mark.parametrize("method", [face_swap, lora, instant_id, consis_id], ids=lambda method: method.__name__)
