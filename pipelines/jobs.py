@@ -68,6 +68,7 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
     output = free_output(extension) if settings.output is None else Path(settings.output)
     if not output.name:
         raise UsageError(f"--output {settings.output!r} names no file; give one such as video{extension}")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     jobs = []
     for number, prompt in enumerate(prompts):
         for seed in settings.seed:
@@ -75,7 +76,7 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
             try:
                 job = Job(prompt, seed, resolve_output(path, overwrite=settings.overwrite, extension=extension))
                 jobs.append(unless_attempts_are_foreign(job, settings))
-                if "WORLD_SIZE" not in os.environ:  # else it may be another process of this very run
+                if len(jobs) % processes == (rank + 1) % processes:  # no other process of this run writes or tries it
                     refuse_if_written(jobs[-1].output)
             except OutputExistsError as error:
                 standing = "found" if looks_the_same(error.path, settings, prompt, seed) else "refused"

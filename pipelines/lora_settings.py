@@ -1,12 +1,11 @@
 """The settings of LoRAs: which files, for which expert, how strong, merged or live. Checked before torch."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import known_configs, load_config, part_path
-from errors import UsageError, WeightsError
+from errors import UsageError
 from pipelines.settings import Settings, check_values, resolve_settings
 
 MODES = ("auto", "merged", "live")
@@ -89,7 +88,6 @@ def resolve_lora_settings(
 
     Raises:
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
-        WeightsError: a LoRA file that is not there.
     """
     settings, config = resolve_settings(args, kind, brought_defaults(args.lora_config))
     settings = with_preset_loras(settings, config)
@@ -116,9 +114,6 @@ def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -
             raise UsageError(f"--lora_scale{which}: there is no --lora_path{which} it could scale")
         if which and paths and not config.get("experts"):
             raise UsageError(f"--lora_path{which}: {config['name']} is one model; use --lora_path")
-        for path in getattr(args, f"lora_path{which}") or ():  # of a release, `Wan.check` looks for all files at once
-            if not os.path.exists(path):
-                raise WeightsError(f"--lora_path{which} {path[:300]}: no such file")
     _check_steps(settings)
 
 

@@ -23,7 +23,13 @@ from models.wan.checkpoint import load_transformer, part_of_release, read_tensor
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import use_float8
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
-from models.wan.text_encoder import TOKENIZER_FILES, TextEncoder, find_tokenizer, load_text_encoder
+from models.wan.text_encoder import (
+    TOKENIZER_FILES,
+    TextEncoder,
+    check_tokenizer,
+    find_tokenizer,
+    load_text_encoder,
+)
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
@@ -63,22 +69,6 @@ def found_or(place: Path, find: Callable[..., Path], *args: object) -> Path:
         return find(*args)
     except WeightsError:
         return place
-
-
-def check_tokenizer(file: Path) -> None:
-    """Whether it is a tokenizer's file, without the second that building its tables takes.
-
-    Raises:
-        WeightsError: it is not.
-    """
-    if file.is_dir():
-        raise WeightsError(f"{file}: no {' nor '.join(TOKENIZER_FILES)} there")
-    with open(file, "rb") as stream:
-        start = stream.read(32)
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{file}: a git-lfs pointer, not the tokenizer; run git lfs pull")
-    if not start or (file.name in TOKENIZER_FILES and (file.suffix == ".json") != (start.lstrip()[:1] == b"{")):
-        raise WeightsError(f"{file}: not a tokenizer")
 
 
 class Wan:
@@ -250,10 +240,15 @@ class Wan:
 
     def _lora_files(self) -> list[WeightsFile]:
         of_experts = self.settings.lora_files(self.num_experts) if hasattr(self.settings, "lora_files") else ()
+
+        def flag_of(path: str) -> str:
+            flags = ("lora_path", "lora_path_high", "lora_path_low")
+            return f"--{next(flag for flag in flags if path in getattr(self.settings, flag))}"
+
         paths = dict.fromkeys(path for files in of_experts for path, _ in files)
         return [
             WeightsFile(
-                "LoRA", "--lora_path", Path(path), self.settings.lora_release(path), read=partial(read_tensors, path)
+                "LoRA", flag_of(path), Path(path), self.settings.lora_release(path), read=partial(read_tensors, path)
             )
             for path in paths
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLControlNetImg2ImgPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLControlNetImg2ImgPipeline, UNet2DConditionModel
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from PIL import Image
 from safetensors.numpy import load_file
@@ -471,6 +471,76 @@ def test_base_in_one_file(weights, tmp_path, reference, monkeypatch):
     save_file({"weight": torch.zeros(1)}, "model.safetensors")
     with pytest.raises(WeightsError, match="model.safetensors: not a whole SDXL model"):
         make(weights, tmp_path / "b.png", "--sdxl_path", "model.safetensors", photo=photo)
+
+
+def drop(file: Path, name: str) -> None:
+    tensors = load_tensors(file)
+    del tensors[name]
+    save_file(tensors, file)
+
+
+def test_all_that_is_wrong_with_sdxl_is_said_before_it_loads(weights, tmp_path, monkeypatch):
+    """diffusers would draw missing tensors at random, and name the rest one after another."""
+    monkeypatch.setattr(instant_id, "load_instant_id", None)
+    sdxl = shutil.copytree(weights / "sdxl", tmp_path / "sdxl")
+    drop(sdxl / "unet" / "diffusion_pytorch_model.safetensors", "conv_out.bias")
+    config = json.loads((sdxl / "text_encoder_2" / "config.json").read_text())
+    (sdxl / "text_encoder_2" / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    (sdxl / "vae" / "config.json").write_text("{")
+    (sdxl / "tokenizer" / "vocab.json").write_text('{"a": 1')
+    net = shutil.copytree(weights / "InstantID", tmp_path / "InstantID")
+    (net / "ControlNetModel" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError) as error:
+        make(weights, tmp_path / "out.png", "--sdxl_path", sdxl, "--instantid_path", net)
+    said = str(error.value)
+    for words in (
+        "unet: not the weights of UNet2DConditionModel: 1 missing (conv_out.bias)",
+        "text_encoder_2: not the weights of CLIPTextModelWithProjection: ",
+        "mlp.fc1.weight [32, 16] instead of [48, 16]",
+        "vae/config.json: describes no vae",
+        "tokenizer/vocab.json: ",
+        "IdentityNet: ",
+    ):
+        assert words in said, said
+    assert "text_encoder:" not in said and "\n" not in said
+    assert said.endswith("download_models.py --only sdxl-base-1.0 instantid"), said
+
+
+def test_one_file_is_checked_against_the_layout(weights, tmp_path, monkeypatch):
+    write_single_file(weights / "sdxl", tmp_path / "model.safetensors")
+    photo = Path(PORTRAIT).resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(instant_id, "load_instant_id", None)
+    layout = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(weights / "sdxl", tmp_path / "checkpoints" / "stable-diffusion-xl-base-1.0", ignore=layout)
+    for name, words in (
+        ("model.diffusion_model.out.2.bias", r"unet: .* 1 missing \(conv_out.bias\)"),
+        ("first_stage_model.encoder.conv_in.weight", "vae: .*encoder.conv_in.weight"),
+    ):
+        shutil.copy("model.safetensors", "damaged.safetensors")
+        drop(Path("damaged.safetensors"), name)
+        with pytest.raises(WeightsError, match=words):
+            make(weights, tmp_path / "out.png", "--sdxl_path", "damaged.safetensors", photo=photo)
+
+
+def test_an_adapter_of_another_base_is_said_before_sdxl_loads(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(instant_id, "load_instant_id", None)
+    net = shutil.copytree(weights / "InstantID", tmp_path / "InstantID")
+    other = adapter_tensors()
+    other["ip_adapter"] = {name: tensor[:, :5].clone() for name, tensor in other["ip_adapter"].items()}
+    torch.save(other, net / "ip-adapter.bin")
+    with pytest.raises(WeightsError, match="face adapter: .*not the weights of FaceAttentions"):
+        make(weights, tmp_path / "out.png", "--instantid_path", net)
+
+
+def test_a_controlnet_of_another_base_is_said_before_sdxl_loads(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(instant_id, "load_instant_id", None)
+    config = json.loads((weights / "depth" / "config.json").read_text())
+    net = ControlNetModel.from_config(config | {"cross_attention_dim": 40})
+    net.save_pretrained(tmp_path / "depth")
+    control = ("--controlnet", tmp_path / "depth", "--control_image", PORTRAIT)
+    with pytest.raises(WeightsError, match="depth: a ControlNet for text of width 40, SDXL's UNet here reads 24"):
+        make(weights, tmp_path / "out.png", *control)
 
 
 def test_a_base_of_another_shape_is_refused(weights, tmp_path, monkeypatch):

@@ -622,7 +622,7 @@ def test_killed_run_of_other_loras_is_not_gone_on_with(tmp_path, reference, file
     ("flags", "exit_code", "words"),
     [
         ([], 2, ["--lora_path", "at least one"]),
-        (["--lora_path", "missing.safetensors"], 4, ["--lora_path missing.safetensors", "no such file"]),
+        (["--lora_path", "missing.safetensors"], 4, ["LoRA: missing.safetensors: no such weights (--lora_path)"]),
         (["--lora_path", "README.md"], 4, ["README.md"]),
         (["--lora_path", "{wrong}"], 3, ["2 of 4 LoRA keys do not apply", "nowhere.blocks", "--lora_partial"]),
         (["--lora_path", "{a}", "--lora_scale", "1", "2"], 2, ["--lora_scale: 2 values for 1"]),

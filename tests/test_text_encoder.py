@@ -8,13 +8,16 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from errors import WeightsError
 from models.wan.text_encoder import (
+    check_tokenizer,
     clean_prompt,
     detect_text_config,
+    first_pieces,
     load_text_encoder,
     load_tokenizer,
     text_encoder_from_tensors,
@@ -193,6 +196,22 @@ def test_comfyui_file_brings_its_tokenizer(tmp_path, weights, spiece, ids):
     (tmp_path / "spiece.model").write_bytes(spiece)
     given = load_text_encoder(file, tmp_path / "spiece.model", dtype=torch.float32)
     assert given.tokenize(TEXTS[3]) == ids[3], "a tokenizer that is named takes the place of the file's"
+
+
+def test_a_sentencepiece_model_is_tried_by_its_first_pieces(tmp_path, spiece):
+    file = tmp_path / "spiece.model"
+    model = ModelProto()
+    model.ParseFromString(spiece)
+    for number in range(2000):
+        model.pieces.add(piece=f"▁{number}", score=-1)
+    file.write_bytes(model.SerializeToString())
+    model.ParseFromString(first_pieces(file.read_bytes()))
+    assert len(model.pieces) == 512
+    check_tokenizer(file)
+    for damaged in (spiece[: len(spiece) // 2 + 1], b"", b"no model"):
+        file.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"spiece.model: not a tokenizer of umT5 \(.+\)"):
+            check_tokenizer(file)
 
 
 def test_tokenizer_of_another_model(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """The list of what a run reads, and what is said of what is missing or wrong before anything loads."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import infer_with_lora
 import infer_with_vace
 from errors import UserError, WeightsError
 from models.wan import checkpoint
+from models.wan.text_encoder import load_tokenizer
 from pipelines.consis_id.pipeline import ConsisID
 from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import start_processes
@@ -33,6 +35,7 @@ from pipelines.vace.settings import resolve_vace_settings
 from pipelines.wan import Wan
 from preprocess.video_writer import VideoWriter
 from tests.test_infer import write_release
+from tests.test_long_video import write_lora
 from tests.tiny import CONFIG
 
 FACE = "assets/face.png"
@@ -230,6 +233,72 @@ def test_an_output_that_another_run_writes_is_refused_at_once(tmp_path):
     (tmp_path / "out.mp4").unlink()
     (tmp_path / "out.json").unlink(missing_ok=True)
     list_jobs(settings)  # what a run leaves locks nobody out
+
+
+def test_under_torchrun_each_process_looks_at_its_own_outputs(tmp_path, monkeypatch):
+    """Those of others may be being written by them, of this very run."""
+    args = infer.parse_args(["--output", str(tmp_path / "out.mp4"), "--prompt", "x", "--seed", "0", "1", "2"])
+    settings, _ = resolve_image_to_video(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for seed, rank in (("0", "0"), ("1", "1"), ("2", "0")):
+        with VideoWriter(tmp_path / f"out-000-seed{seed}.mp4", fps=16) as video:
+            monkeypatch.setenv("RANK", rank)
+            with pytest.raises(UserError, match=f"another run is writing .*seed{seed}.mp4"):
+                list_jobs(settings)
+            monkeypatch.setenv("RANK", str(1 - int(rank)))
+            assert len(list_jobs(settings)) == 3
+            video.write(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+        for file in tmp_path.glob("out-*"):
+            file.unlink()
+
+
+def test_a_missing_and_a_damaged_lora_are_in_the_one_list(release, tmp_path):
+    folder = copy(release, tmp_path)
+    truncate(folder / "Wan2.1_VAE.pth")
+    write_lora(tmp_path / "whole.safetensors", "tiny", seed=1)
+    write_lora(tmp_path / "half.safetensors", "tiny", seed=2)
+    truncate(tmp_path / "half.safetensors")
+    loras = [str(tmp_path / f"{name}.safetensors") for name in ("whole", "half", "none")]
+    flags = ["--config", "configs/tiny.yaml", "--base_path", str(folder), "--prompt", "x", "--lora_path", *loras]
+    with pytest.raises(WeightsError) as error:
+        infer_with_lora.main(infer_with_lora.parse_args([*flags, "--output", str(tmp_path / "out.mp4")]))
+    said = str(error.value)
+    for words in ("VAE: ", "half.safetensors: truncated", "none.safetensors: no such weights (--lora_path)"):
+        assert words in said, said
+    assert "whole" not in said
+
+
+def test_a_tokenizer_is_parsed_before_anything_loads(release, tmp_path):
+    """What is cut off, or no tokenizer of umT5, is said with all else that is wrong; whole ones pass in either form."""
+    folder = copy(release, tmp_path)
+    file = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<s>", 0.0], ["<unk>", 0.0], *([f"▁{i}", -1.0] for i in range(2000))]
+    large = whole | {"model": {"type": "Unigram", "unk_id": 3, "vocab": pieces, "byte_fallback": True}}
+    large["added_tokens"] = [
+        {"id": i, "content": pieces[i][0], "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for i in (0, 1, 2, 3, 1999)
+    ]
+    closing = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    closing["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    closing |= {"pair": closing["single"], "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}}
+    for document in (whole, large | {"post_processor": closing}):
+        file.write_text(json.dumps(document), encoding="utf-8")
+        assert checked(release, folder) == ""
+        assert load_tokenizer(file.parent)("").input_ids == [load_tokenizer(file.parent).eos_token_id]
+    for damaged in (
+        file.read_text(encoding="utf-8")[:-100],
+        "{}",
+        json.dumps(large | {"post_processor": None}),
+        json.dumps(large | {"post_processor": closing, "normalizer": {"type": "nonsense"}}),
+    ):
+        file.write_text(damaged, encoding="utf-8")
+        said = checked(release, folder)
+        assert said.startswith("4: tokenizer: ") and "not a tokenizer of umT5" in said, said
+    (folder / "Wan2.1_VAE.pth").unlink()
+    said = checked(release, folder)
+    assert "tokenizer: " in said and "VAE: " in said
 
 
 def test_instant_id_names_all_at_once(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ Source: Wan2.1 `wan/modules/t5.py`, `wan/modules/tokenizers.py`; ComfyUI `comfy/
 """
 
 import html
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -235,6 +236,48 @@ def load_tokenizer(path: Path, hint: str = "") -> PreTrainedTokenizerBase:
         if file is None:
             raise WeightsError(f"{path}: not a tokenizer (no {' or '.join(TOKENIZER_FILES)}){hint and f'; {hint}'}")
     return parse_tokenizer(file.read_bytes(), file, hint)
+
+
+def check_tokenizer(file: Path) -> None:
+    """Whether a file is a tokenizer that `load_tokenizer` takes. Only its first pieces are tried: the tables of all, a
+    quarter of a million, take seconds to build.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    if file.is_dir():
+        raise WeightsError(f"{file}: no {' nor '.join(TOKENIZER_FILES)} there")
+    if file.suffix == ".safetensors":  # the weights, which bring it as a tensor
+        return
+    content = file.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{file}: a git-lfs pointer, not the tokenizer; run git lfs pull")
+    try:
+        content = first_pieces(content)
+    except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
+        raise WeightsError(f"{file}: not a tokenizer of umT5 ({' '.join(str(error).split())[:160]})") from error
+    parse_tokenizer(content, file)
+
+
+def first_pieces(content: bytes, count: int = 512) -> bytes:
+    """A tokenizer.json or SentencePiece model with its first pieces alone; whole, if its special tokens come later.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError, DecodeError: it is neither.
+    """
+    if content.lstrip()[:1] != b"{":
+        model = ModelProto()
+        model.ParseFromString(content)
+        if model.trainer_spec.unk_id < count and "</s>" in {piece.piece for piece in model.pieces[:count]}:
+            del model.pieces[count:]
+        return model.SerializeToString()
+    document = json.loads(content)
+    model = document["model"]
+    pieces = model["vocab"][:count] if isinstance(model["vocab"], list) else []
+    if model.get("unk_id", 0) < count and {"<pad>", "</s>", "<unk>"} <= {piece for piece, _ in pieces}:
+        model["vocab"] = pieces
+        document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
+    return json.dumps(document).encode()
 
 
 def parse_tokenizer(content: bytes, source: str | Path, hint: str = "") -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """Pictures of a person by InstantID: a photo and prompts to PNG files, one job a prompt and seed."""
 
+import copy
 import gc
 import hashlib
 import logging
@@ -27,6 +28,7 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from models.wan.checkpoint import read_tensors
 from pipelines.conditions import cover_resize
+from pipelines.instant_id.sdxl_files import check_sdxl, empty_network, is_half_precision, layout_of, sdxl_files
 from pipelines.instant_id.settings import (
     FACE_CENTRE,
     FACE_HEIGHT,
@@ -138,28 +140,6 @@ def needed_files(settings: InstantIdSettings, config: dict, needed_by: str) -> l
     return [sdxl, *others, *face_files(settings, needed_by)]
 
 
-def check_sdxl(path: Path) -> None:
-    """Whether a folder holds a whole SDXL model, or a file can be read, by headers.
-
-    Raises:
-        WeightsError: it does not, or cannot.
-    """
-    if path.is_file():
-        layout = Path("checkpoints") / load_config("sdxl-layout")["dest"]
-        if not (layout / "model_index.json").is_file():
-            raise WeightsError(f"{path}: one file needs the layout of SDXL in {layout}")
-        read_tensors(path)
-        return
-    if not (path / "model_index.json").is_file():
-        raise WeightsError(f"{path}: not a whole SDXL model (no model_index.json)")
-    files = sdxl_files(path)
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    if missing := [part for part in parts if not any(file.parent.name == part for file in files)]:
-        raise WeightsError(f"{path}: not a whole SDXL model (no weights in {', '.join(missing)})")
-    for file in files:
-        read_tensors(file)
-
-
 def identity_net_path(settings: InstantIdSettings, config: dict) -> Path:
     return instantid_folder(settings, config) / "ControlNetModel"
 
@@ -209,7 +189,7 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
     options = {"controlnet": controlnet, "dtype": dtype, "local_files_only": True, "add_watermarker": False}
     try:
         if path.is_file():
-            layout = Path("checkpoints") / load_config("sdxl-layout")["dest"]
+            layout = layout_of(path)
             if not (layout / "model_index.json").is_file():
                 command = download_command(load_config("sdxl-layout"))
                 raise WeightsError(f"{path}: one file needs the layout of SDXL in {layout}; {command}")
@@ -223,37 +203,52 @@ def load_sdxl(path: Path, controlnet, dtype: torch.dtype, base: dict | None) -> 
         raise WeightsError(f"{path}: not a whole SDXL model ({reason}); {hint}") from error
 
 
-def is_half_precision(folder: Path) -> bool:
-    """Whether only the float16 variant of an SDXL repository is here."""
-    files = [file.name for file in folder.glob("unet/*.safetensors")]
-    return bool(files) and all(".fp16." in name for name in files)
-
-
-def sdxl_files(path: Path) -> list[Path]:
-    """The weights files that `load_sdxl` reads."""
-    if path.is_file():
-        return [path]
-    half = is_half_precision(path)
-    return [file for file in sorted(path.glob("*/*.safetensors")) if (".fp16." in file.name) == half]
-
-
 def weights_of(settings: InstantIdSettings, config: dict) -> list[WeightsFile]:
     """All that is read."""
 
     def net(name: str, flag: str, folder: str | Path, download: str | None = None) -> WeightsFile:
-        read = partial(load_controlnet, folder, dtype=None)  # what is not cast stays on the disk
+        read = partial(check_controlnet, folder, sdxl_path(settings, config))
         return WeightsFile(name, flag, controlnet_weights(folder), download, read=read)
 
     adapter, lcm = face_adapter_path(settings, config), lcm_path(settings)
     files = [WeightsFile("SDXL", "--sdxl_path", file) for file in sdxl_files(sdxl_path(settings, config))]
     files.append(net("IdentityNet", "--instantid_path", identity_net_path(settings, config), config["name"]))
     files += [net("ControlNet", "--controlnet", folder) for folder in settings.controlnet]
-    read = partial(read_face_adapter, adapter)
+    read = partial(check_face_adapter, adapter, sdxl_path(settings, config))
     files.append(WeightsFile("face adapter", "--instantid_path", adapter, config["name"], read=read))
     if settings.lcm:
         read = partial(read_tensors, lcm)
         files.append(WeightsFile("LCM LoRA", "--lcm_lora_path", lcm, "lcm-lora-sdxl", read=read))
     return files
+
+
+def check_controlnet(folder: str | Path, sdxl: Path) -> None:
+    """Whether it is a whole ControlNet, and for such a UNet where that can be told; by headers.
+
+    Raises:
+        WeightsError: it is not, or of another base.
+    """
+    net = load_controlnet(folder, dtype=None)
+    try:
+        wanted = empty_network(layout_of(sdxl), "unet").config.cross_attention_dim
+    except WeightsError:
+        return  # said of SDXL itself
+    if (width := net.config.cross_attention_dim) != wanted:
+        raise WeightsError(f"{folder}: a ControlNet for text of width {width}, SDXL's UNet here reads {wanted}")
+
+
+def check_face_adapter(path: Path, sdxl: Path) -> None:
+    """Whether it is InstantID's, and fits the UNet where that can be told; by headers.
+
+    Raises:
+        WeightsError: it is not, or of another base.
+    """
+    parts = read_face_adapter(path)
+    try:
+        unet = copy.deepcopy(empty_network(layout_of(sdxl), "unet"))
+    except WeightsError:
+        return  # said of SDXL itself
+    attach_face_adapter(unet, parts, source=path)
 
 
 def describe_picture(settings: InstantIdSettings, config: dict, prompt: str, seed: int) -> dict:
