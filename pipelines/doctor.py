@@ -27,8 +27,10 @@ from configs import file_patterns, known_configs, load_config
 from errors import UserError, WeightsError, exit_codes
 from models.wan.attention import usable_backends
 from models.wan.checkpoint import SUFFIXES, headers_only, read_tensors, weight_files
+from pipelines.consis_id import pipeline as consis_id
 from pipelines.distributed import choose_device, has_conv3d_defect
-from pipelines.memory import GIB, choose_mode, free_bytes, needs_of_config
+from pipelines.instant_id import pipeline as instant_id
+from pipelines.memory import GIB, Needs, choose_mode, free_bytes, needs_of_config
 from pipelines.record import source_version
 from preprocess.ffmpeg import run_ffmpeg
 
@@ -144,12 +146,30 @@ def describe_model(config: dict, root: Path, device: torch.device) -> dict | Non
     if "dest" not in config:
         return None
     state, problems = state_of(config, root)
-    needs = needs_of_config(config) if "variant" in config else None
+    needs = needs_of(config, device)
     mode = None
-    if needs is not None:
+    if needs is not None and "variant" in config:
         placement = choose_mode(needs, *free_bytes(device), device=device.type)
         mode = placement.name if placement.fits else f"{placement.name} (does not fit)"
+    elif needs is not None:  # diffusers' pipelines, which auto puts neither into float8 nor into tiles
+        whole, tiles = (
+            choose_mode(needs, *free_bytes(device), device=device.type, fp8=False, tiled=tiled)
+            for tiled in (False, True)
+        )
+        otherwise = f"{tiles.name} (with --tiled)" if tiles.fits else f"{whole.name} (does not fit)"
+        mode = whole.name if whole.fits else otherwise
     return {"name": config["name"], "state": state, "problems": problems, "memory": mode}
+
+
+def needs_of(config: dict, device: torch.device) -> Needs | None:
+    """What a model's own estimate says of one video or picture of its own size; None for parts of other models."""
+    if "variant" in config:
+        return needs_of_config(config)
+    on_cpu = device.type == "cpu"
+    if config.get("method") == "consisid":
+        size = [config["defaults"][name] for name in ("height", "width", "num_frames")]
+        return consis_id.estimate_needs(consis_id.RELEASED, *size, torch.float32 if on_cpu else torch.bfloat16)
+    return instant_id.needs_of_release(4 if on_cpu else 2) if config.get("method") == "instantid" else None
 
 
 def state_of(config: dict, root: Path) -> tuple[str, list[str]]:
@@ -216,7 +236,7 @@ def as_text(report: dict) -> list[str]:
         f"onnxruntime {builds}: {onnx.get('missing') or ', '.join(onnx['providers'])}",
         f"free        {', '.join(f'{name} {amount} GiB' for name, amount in free.items())}",
         "",
-        f"{'model':<28}{'files':<9}memory mode for one video of the model's own size",
+        f"{'model':<28}{'files':<9}memory mode for one video (picture) of the model's own size",
     ]
     for model in report["models"]:
         lines.append(f"{model['name']:<28}{model['state']:<9}{model['memory'] or ''}".rstrip())

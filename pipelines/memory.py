@@ -526,7 +526,12 @@ def needs_of_pipeline(pipeline: DiffusionPipeline, work: int) -> Needs:
     sizes = {name: size_of(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     layers = [size_of(layer) for part in pipeline.components.values() if isinstance(part, nn.Module)
               for layer in part.modules() if not any(layer.children())]  # fmt: skip
-    whole, vae, layer = sum(sizes.values()), sizes.get("vae", 0), max(layers, default=0)
+    return needs_of_parts(sizes, max(layers, default=0), work)
+
+
+def needs_of_parts(sizes: Mapping[str, int], layer: int, work: int) -> Needs:
+    """What a pipeline of diffusers takes, from the bytes of its parts (by name), its largest layer and its work."""
+    whole, vae = sum(sizes.values()), sizes.get("vae", 0)
     # diffusers brings one part after another, and leaves those that work together: the denoiser and its controls.
     together = sum(size for name, size in sizes.items() if name in ("unet", "transformer", "controlnet"))
     weights = {"resident": whole, "model": together, "group": vae + 2 * layer, "sequential": layer}

@@ -90,6 +90,31 @@ def test_memory_mode_is_what_auto_would_choose(root, monkeypatch):
     assert doctor.describe_model(load_config("antelopev2"), root, cuda)["memory"] is None
 
 
+def test_diffusers_models_have_a_mode_by_the_estimates_of_their_pipelines(root, monkeypatch):
+    """ConsisID's as README has them: 26 GiB resident, 15 part by part; InstantID's from the sizes of its files."""
+    cuda = torch.device("cuda")
+
+    def modes(name: str, *cards: int) -> list[str]:
+        found = []
+        for card in cards:
+            monkeypatch.setattr(doctor, "free_bytes", lambda device, card=card: (card * GIB, 64 * GIB))
+            found.append(doctor.describe_model(load_config(name), root, cuda)["memory"])
+        return found
+
+    for name in ("consisid", "consisid-1.5"):
+        assert modes(name, 40, 24, 8) == ["resident", "model", "group, tiles (with --tiled)"]
+    assert modes("instantid", 24, 13, 6, 1) == ["resident", "model", "group", "sequential (does not fit)"]
+    assert doctor.describe_model(load_config("antelopev2"), root, cuda)["memory"] is None
+
+
+def test_estimates_of_releases_are_those_of_loaded_ones():
+    """SDXL's parts counted on networks of its shape, ConsisID's on the whole transformer."""
+    needs = doctor.needs_of(load_config("consisid"), torch.device("cuda"))
+    assert needs.weights["resident"] == pytest.approx(2 * 6.01e9, rel=0.01)  # 6.16 billion with the face's extractor
+    needs = doctor.needs_of(load_config("instantid"), torch.device("cuda"))
+    assert needs.weights["resident"] == pytest.approx(9.58 * GIB, rel=0.02)  # README: 6.5, 2.4 and 0.8 GiB
+
+
 def test_a_defect_of_cudnn_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Gpu())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -70,6 +70,14 @@ SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXD
 # Bytes a pixel of the shown picture while the VAE decodes, in 16 bits: the authors measured 16 GB at 720x480.
 DECODE_BYTES = 45_000
 T5_VALUES, VAE_VALUES = 4_760_000_000, 216_000_000
+# What decides the size of the released transformers (6.16 billion values), where their config.json is not here yet.
+RELEASED = {
+    "num_attention_heads": 48,
+    "num_layers": 42,
+    "in_channels": 32,
+    "use_rotary_positional_embeddings": True,
+    "is_train_face": True,
+}
 
 
 class ConsisID:
@@ -156,40 +164,9 @@ class ConsisID:
             raise UsageError(f"{shown}: {self.transformer_path} makes at most {height}x{width} (height x width)")
 
     def needs(self, config: dict) -> Needs:
-        """What a run needs, from shapes: the text encoder, or the transformer with one call, or one decoded chunk."""
-        face, rest = split_config(config, self.transformer_path)
-        with init_empty_weights():
-            transformer, extractor = ConsisIDTransformer(face, **rest), make_extractor(face)
-        size = self.dtype.itemsize
-        dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        released = dim >= 1024  # figures of the VAE and of T5 are those of the released widths
-        vae = VAE_VALUES * size if released else 0
-        stays = vae + size_of(extractor.to(self.dtype))  # on the device in all modes
-        wide = weights_of(transformer.to(self.dtype), stays)
-        narrow = weights_of(self.to_float8(transformer), stays)  # on the meta device
-        frames = (self.settings.num_frames - 1) // 4 + 1
-        pixels = self.settings.height * self.settings.width
-        decode = DECODE_BYTES * size // 2 * pixels
-        return Needs(
-            experts=1,
-            expert=wide["model"] - stays,
-            expert_fp8=narrow["model"] - stays,
-            weights=wide,
-            weights_fp8=narrow,
-            # Both branches of the guidance at once; of each token its stream, q, k, v, and the wide layer (4 times).
-            call=2 * frames * pixels // 256 * 12 * dim * size,
-            kept_text=0,
-            kept_photos=0,
-            text_encoder=T5_VALUES * size if released else 0,
-            image_encoder=0,
-            vae=stays,
-            encode=0,
-            encode_past=0,
-            decode=decode if released else 0,
-            decode_past=0,
-            tile=decode // 4 if released else 0,
-            tiles_past=0,
-        )
+        """What a run needs, by the transformer's config.json."""
+        settings = self.settings
+        return estimate_needs(config, settings.height, settings.width, settings.num_frames, self.dtype)
 
     @property
     def scoring_settings(self) -> ConsisIDSettings:
@@ -238,7 +215,7 @@ class ConsisID:
             transformer, extractor = load_consis_id(self.transformer_path, dtype=self.dtype, hint=self.hint)
             vae = load_vae(self.base_path / "vae", self.dtype, self.hint)
             if self.settings.fp8:
-                self.to_float8(transformer)  # layer by layer, before the first value goes to the device
+                to_float8(transformer, self.dtype)  # layer by layer, before the first value goes to the device
             if self.memory in ("group", "sequential"):
                 offload_groups(transformer, self.device, self.memory)
             scheduler = make_scheduler(read_json(self.base_path / "scheduler" / "scheduler_config.json", self.hint))
@@ -248,10 +225,6 @@ class ConsisID:
         if self.memory in ("resident", "model"):
             self._pipeline.transformer.to(self.device)
         return self._pipeline
-
-    def to_float8(self, transformer: ConsisIDTransformer) -> ConsisIDTransformer:
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
-        return transformer
 
     @torch.no_grad()
     def face_tokens(self, face: FaceCondition) -> Tensor:
@@ -274,6 +247,54 @@ class ConsisID:
                 yield pipeline.vae
         finally:
             pipeline.vae.use_tiling = False
+
+
+def estimate_needs(config: dict, height: int, width: int, num_frames: int, dtype: torch.dtype) -> Needs:
+    """What a video takes, from shapes: the text encoder, or the transformer with one call, or one decoded chunk.
+
+    Args:
+        config: the transformer's config.json, or `RELEASED`.
+        height, width, num_frames: of the video.
+        dtype: of the weights, where they are not in float8.
+    """
+    face, rest = split_config(config)
+    with init_empty_weights():
+        transformer, extractor = ConsisIDTransformer(face, **rest), make_extractor(face)
+    size = dtype.itemsize
+    dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    released = dim >= 1024  # figures of the VAE and of T5 are those of the released widths
+    vae = VAE_VALUES * size if released else 0
+    stays = vae + size_of(extractor.to(dtype))  # on the device in all modes
+    wide = weights_of(transformer.to(dtype), stays)
+    narrow = weights_of(to_float8(transformer, dtype), stays)  # on the meta device
+    frames = (num_frames - 1) // 4 + 1
+    decode = DECODE_BYTES * size // 2 * height * width
+    return Needs(
+        experts=1,
+        expert=wide["model"] - stays,
+        expert_fp8=narrow["model"] - stays,
+        weights=wide,
+        weights_fp8=narrow,
+        # Both branches of the guidance at once; of each token its stream, q, k, v, and the wide layer (4 times).
+        call=2 * frames * height * width // 256 * 12 * dim * size,
+        kept_text=0,
+        kept_photos=0,
+        text_encoder=T5_VALUES * size if released else 0,
+        image_encoder=0,
+        vae=stays,
+        encode=0,
+        encode_past=0,
+        decode=decode if released else 0,
+        decode_past=0,
+        tile=decode // 4 if released else 0,
+        tiles_past=0,
+    )
+
+
+def to_float8(transformer: ConsisIDTransformer, dtype: torch.dtype) -> ConsisIDTransformer:
+    """Store the weights of its layers in float8, and compute in `dtype`."""
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    return transformer
 
 
 def weights_of(transformer: ConsisIDTransformer, stays: int) -> dict[str, int]:

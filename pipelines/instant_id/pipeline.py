@@ -38,7 +38,7 @@ from pipelines.instant_id.settings import (
     sdxl_path,
 )
 from pipelines.jobs import Job
-from pipelines.memory import free_cached, place_pipeline, stage
+from pipelines.memory import Needs, free_cached, needs_of_parts, place_pipeline, stage
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights, face_files
@@ -52,6 +52,24 @@ logger = logging.getLogger("selfsame")
 
 # Bytes beside the weights that a picture of a megapixel takes, at most while it is decoded in float32.
 DRAWING = 7 * 2**29
+
+# Values of the released parts, and of the largest layer (text_encoder_2's table of tokens).
+RELEASED = {
+    "unet": 2_567_463_684 + 423_000_000,  # with the face adapter
+    "controlnet": 1_251_014_160,
+    "text_encoder": 123_060_480,
+    "text_encoder_2": 694_659_840,
+    "vae": 83_653_863,
+}
+LARGEST_LAYER = 49408 * 1280
+
+
+def needs_of_release(itemsize: int) -> Needs:
+    """What a picture of a megapixel takes with SDXL 1.0, before anything is loaded."""
+    return needs_of_parts(
+        {name: count * itemsize for name, count in RELEASED.items()}, LARGEST_LAYER * itemsize, DRAWING
+    )
+
 
 # -------------------------------------------------------------------------------------------------------- the face
 
