@@ -18,8 +18,9 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from models.audio_adapter import AudioAdapter
 from models.audio_encoder import AudioEncoder
 from models.wan.schedulers import get_schedule, make_solver
+from models.wan.slots import Prompt
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.transformer import WanTransformer
 from pipelines.denoise import Expert
 from pipelines.guidance import branch_plugins, branch_prompts, three_branch
 from pipelines.tiny import fill_from_seed

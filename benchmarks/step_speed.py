@@ -24,7 +24,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from models.identity.stand_in import StandIn
 from models.wan.checkpoint import to_diffusers_name
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -35,7 +35,8 @@ from models.wan.attention import WanAttention
 from models.wan.checkpoint import assign_tensors, original_names, read_tensors, split_scales, transformer_from_tensors
 from models.wan.config import WanConfig
 from models.wan.float8 import use_float8
-from models.wan.transformer import BlockContext, KeysValues, Plugin, Slots, WanTransformer, cast_linears, modulate
+from models.wan.slots import BlockContext, KeysValues, Plugin, Slots
+from models.wan.transformer import WanTransformer, cast_linears, modulate
 
 AUDIO_DIM = 768  # of the released adapter: wav2vec2-base's last hidden state
 WIDENED = 4  # tokens that a frame hears beyond its own time, on either side
@@ -325,8 +326,6 @@ class AudioAdapter(ModelMixin, ConfigMixin, AttentionMixin):
         def plugin(tokens: Tensor, ctx: BlockContext) -> Slots:
             if ctx.time.shape[1] != 1:
                 raise ValueError("the audio adapter needs one timestep a sample, not one a token")
-            # Released weights were trained with a time embedding in the compute dtype.
-            ctx.time, ctx.modulation = (part.to(ctx.dtype).float() for part in (ctx.time, ctx.modulation))
             batch, length, dim = tokens.shape
             start = 0  # the first of this process's tokens
             if ctx.sharded:
@@ -404,6 +403,7 @@ def load_audio_avatar(
     transformer = transformer_from_tensors(
         base, path, dtype=dtype, device=device, num_heads=num_heads, expect=expect, fp8=fp8, changes=changes
     )
+    transformer.rounds_time_embedding = True
     adapter = adapter_from_tensors(vocal, transformer, dtype=dtype, device=device, fp8=fp8, source=source)
     return transformer.requires_grad_(False), adapter
 

@@ -26,7 +26,8 @@ from models.audio_adapter import OwnTokens
 from models.wan.attention import AttentionKernel
 from models.wan.checkpoint import assign_tensors, read_tensors, split_scales
 from models.wan.float8 import use_float8
-from models.wan.transformer import BlockContext, Slots, WanTransformer, cast_linears
+from models.wan.slots import BlockContext, Slots
+from models.wan.transformer import WanTransformer, cast_linears
 
 WINDOW = 5  # audio frames around each video frame: two before, two after
 TEMPORAL_FACTOR = 4  # video frames of every latent frame but the first

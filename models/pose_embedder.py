@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, read_tensors
-from models.wan.transformer import BlockContext, Slots
+from models.wan.slots import BlockContext, Slots
 
 KEY = "dwpose_embedding."  # what precedes it in a key is a wrapper's name
 

@@ -27,16 +27,8 @@ from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, original_names, read_tensors, split_scales, transformer_from_tensors
 from models.wan.config import WanConfig
 from models.wan.float8 import use_float8
-from models.wan.transformer import (
-    BlockContext,
-    BlockSlots,
-    Plugin,
-    PromptBlock,
-    Slots,
-    WanBlock,
-    WanTransformer,
-    cast_linears,
-)
+from models.wan.slots import BlockContext, BlockSlots, Plugin, PromptBlock, Slots
+from models.wan.transformer import WanBlock, WanTransformer, cast_linears
 
 logger = logging.getLogger("selfsame")
 

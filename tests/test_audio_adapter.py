@@ -9,8 +9,8 @@ from models.audio_adapter import AudioAdapter, audio_windows, frame_ranges, load
 from models.wan.checkpoint import load_transformer
 from models.wan.config import WanConfig
 from models.wan.schedulers import get_schedule
+from models.wan.slots import Prompt, Slots
 from models.wan.tea_cache import TeaCache
-from models.wan.transformer import Prompt, Slots
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise
 from pipelines.guidance import (
     NO_AUDIO,
@@ -362,6 +362,22 @@ def write(tensors: dict, path, wrapped: bool = False):
 
 def load(path, **options):
     return load_audio_avatar(path, dtype=torch.float32, expect=EXPECT, **options)
+
+
+def test_the_time_embedding_is_rounded_by_the_loaded_transformer_and_by_no_plug_in(tmp_path, released):
+    transformer, loaded = load_audio_avatar(write(released, tmp_path / "a.pt"), dtype=torch.bfloat16, expect=EXPECT)
+    plain = tiny.avatar_transformer().set_compute_dtype(torch.bfloat16)
+    for ours, exact in zip(*(m.embed_time(torch.tensor([437.0]), "cpu") for m in (transformer, plain)), strict=True):
+        assert not torch.equal(ours, exact) and torch.equal(ours, exact.bfloat16().float())
+    seen = []
+
+    def listen(tokens, ctx):
+        seen.append((ctx.time.clone(), ctx.modulation.clone()))
+        return Slots()
+
+    avatar_forward(plain, [listen, loaded.plugin(FEATURES, NUM_FRAMES), listen])
+    before, after = seen
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize(("name", "wrapped"), [("a.pt", False), ("a.pt", True), ("a.safetensors", False)])

@@ -26,7 +26,8 @@ from models.wan.checkpoint import (
     to_original_name,
 )
 from models.wan.config import VARIANTS, WanConfig, detect_config, variant_name
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 from tests import tiny
 
 TINY = WanConfig(

@@ -12,8 +12,8 @@ import infer_with_lora
 from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
 from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
+from models.wan.slots import Prompt
 from models.wan.tea_cache import coefficients_of
-from models.wan.transformer import Prompt
 from pipelines.distributed import Processes
 from pipelines.settings import Settings, resolve_settings
 from pipelines.text_to_video.settings import resolve_image_to_video

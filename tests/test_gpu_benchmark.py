@@ -20,7 +20,8 @@ from benchmarks.sections.models import (
     num_tokens,
     random_transformer,
 )
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from configs import load_config
 from errors import UsageError
 from models.lora import merge_loras, read_lora
 from models.wan.schedulers import get_schedule
-from models.wan.transformer import Prompt
+from models.wan.slots import Prompt
 from models.wan.vae import WanVAE
 from pipelines.conditions import initial_noise
 from pipelines.distributed import start_processes

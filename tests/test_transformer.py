@@ -5,8 +5,9 @@ import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 
 from models.wan.checkpoint import to_diffusers_name
+from models.wan.slots import Prompt, Slots
 from models.wan.tea_cache import TeaCache
-from models.wan.transformer import Prompt, Slots, WanTransformer
+from models.wan.transformer import WanTransformer
 from tests import tiny
 from tests.tiny import LAYERS, TIMESTEP
 

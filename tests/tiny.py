@@ -8,7 +8,8 @@ from models.identity.stand_in import StandIn
 from models.multitalk import MultiTalk
 from models.pose_embedder import PoseTokens
 from models.vace import VaceBranch
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 from pipelines.tiny import (
     fill_from_seed,
     tiny_multitalk,

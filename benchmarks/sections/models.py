@@ -12,7 +12,8 @@ from models.identity.stand_in import StandIn
 from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import WanConfig
 from models.wan.float8 import use_float8
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 
 # diffusers' backends that need no download, and what is said of them in a table.
 BACKENDS = {

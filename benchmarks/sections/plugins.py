@@ -11,7 +11,8 @@ from benchmarks.sections.models import Inputs, fill_randomly, random_stand_in, r
 from models.audio_adapter import AudioAdapter
 from models.vace import CONTEXT_CHANNELS, VaceBranch, default_layers
 from models.wan.config import WanConfig
-from models.wan.transformer import Plugin, WanTransformer
+from models.wan.slots import Plugin
+from models.wan.transformer import WanTransformer
 
 
 def measure(bench: Bench) -> None:

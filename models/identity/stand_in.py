@@ -18,7 +18,8 @@ from torch import Tensor
 
 from errors import WeightsError
 from models.wan.checkpoint import read_tensors
-from models.wan.transformer import BlockContext, KeysValues, Slots, WanTransformer
+from models.wan.slots import BlockContext, KeysValues, Slots
+from models.wan.transformer import WanTransformer
 
 PREFIXES = ("diffusion_model.", "pipe.dit.", "dit.")
 KEY = re.compile(r"blocks\.(\d+)\.self_attn\.([qkv])_loras\.(down|up)\.weight")
@@ -183,6 +184,7 @@ class StandIn:
                     plugins=[lambda tokens, ctx: slots],
                     position_offset=(REFERENCE_TIME, grid[0] + shift, grid[1] + shift),
                     tokens_only=True,
+                    whole_sequence=True,  # it is short
                 )
         keys_values = tuple(
             (torch.cat([k for k, _ in people], dim=1), torch.cat([v for _, v in people], dim=1)) for people in collected

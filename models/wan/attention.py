@@ -167,7 +167,7 @@ class WanSelfAttention(WanAttention):
     """Self-attention of the video tokens, with the slots for foreign keys and values and for deltas on q, k, v."""
 
     def forward(self, x: Tensor, ctx, slots) -> Tensor:
-        """x: (B, L, D) in the compute dtype; ctx, slots: `BlockContext` and `BlockSlots` of models.wan.transformer."""
+        """x: (B, L, D) in the compute dtype; ctx, slots: `BlockContext` and `BlockSlots` of models.wan.slots."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         for delta in slots.self_qkv_deltas:
             q, k, v = (base + extra for base, extra in zip((q, k, v), delta(x), strict=True))

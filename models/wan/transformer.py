@@ -7,10 +7,8 @@ Precision (upstream's policy under bfloat16 autocast), all of it in this file an
 Source: Wan2.1 and Wan2.2 `wan/modules/model.py` (WanModel); VideoX-Fun and Wan2.2 for per-token timesteps.
 """
 
-import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,138 +21,9 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from models.wan.attention import RMSNorm, Rope, WanCrossAttention, WanSelfAttention, rope_table
+from models.wan.attention import Rope, WanCrossAttention, WanSelfAttention, rope_table
+from models.wan.slots import BlockContext, BlockSlots, Plugin, Prompt
 from models.wan.tea_cache import TeaCache
-
-KeysValues = tuple[Tensor, Tensor]  # K (normed, rotated where it has a position) and V, each (1 or B, M, n, d)
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What one plug-in adds to one forward pass. Every sequence has one entry a block; None fills nothing.
-
-    added_tokens:         (B, L, D) added to the tokens after the patch embedding
-    self_keys_values:     keys and values that the video's queries see beside their own
-    self_qkv_deltas:      x (B, L, D) -> three terms added to q, k, v before their norms
-    cross_attention:      (q (B, L, n, d), attention kernel) -> (B, L, D), added before cross-attention's `o`
-    middle_residuals:     x (B, L, D) -> (B, L, D), added between cross-attention and feed-forward
-    block_residuals:      x (B, L, D) -> (B, L, D), added at the end of the block
-    on_self_keys_values:  called with (block index, K, V) of every self-attention
-    """
-
-    added_tokens: Tensor | None = None
-    self_keys_values: Sequence[KeysValues | None] | None = None
-    self_qkv_deltas: Sequence[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None] | None = None
-    cross_attention: Sequence[Callable[[Tensor, Callable], Tensor] | None] | None = None
-    middle_residuals: Sequence[Callable[[Tensor], Tensor] | None] | None = None
-    block_residuals: Sequence[Callable[[Tensor], Tensor] | None] | None = None
-    on_self_keys_values: Callable[[int, Tensor, Tensor], None] | None = None
-
-
-# A plug-in sees the patch tokens (B, L, D) and the context of the coming blocks, and says what it adds.
-Plugin = Callable[[Tensor, "BlockContext"], Slots]
-
-
-@dataclass
-class PromptBlock:
-    """One block's cross-attention keys and values of one prompt, once they are computed, if they are to be kept."""
-
-    keeps: bool = True
-    keys_values: list[KeysValues] | None = None
-
-
-@dataclass(frozen=True)
-class BlockSlots:
-    """What all plug-ins together add to one block in one forward pass, and where that block keeps the prompt's keys.
-
-    Blocks are told nothing of their number, and so all share one compiled graph.
-    """
-
-    self_keys_values: tuple[KeysValues, ...] = ()
-    self_qkv_deltas: tuple[Callable, ...] = ()
-    cross_attention: tuple[Callable, ...] = ()
-    middle_residuals: tuple[Callable, ...] = ()
-    block_residuals: tuple[Callable, ...] = ()
-    on_self_keys_values: tuple[Callable[[Tensor, Tensor], None], ...] = ()
-    prompt: PromptBlock | None = None
-
-    @classmethod
-    def of_block(cls, index: int, plugins: Sequence[Slots], prompt: "Prompt | None" = None) -> "BlockSlots":
-        def entries(name: str) -> tuple:
-            given = (getattr(slots, name) for slots in plugins)
-            return tuple(entry[index] for entry in given if entry is not None and entry[index] is not None)
-
-        listeners = (slots.on_self_keys_values for slots in plugins)
-        return cls(
-            entries("self_keys_values"),
-            entries("self_qkv_deltas"),
-            entries("cross_attention"),
-            entries("middle_residuals"),
-            entries("block_residuals"),
-            tuple(functools.partial(listener, index) for listener in listeners if listener is not None),
-            None if prompt is None else prompt.block(index),
-        )
-
-
-@dataclass
-class Prompt:
-    """A request's text (and CLIP) states for one transformer, and what was derived from them.
-
-    The states do not change over the steps, so the embedded tokens and each block's cross-attention keys and values are
-    computed at first use and kept here, with the request, never on the model. While gradients are recorded nothing is
-    kept.
-
-    Args:
-        text: a list of (len, text_dim) states, padded with zero rows to text_len (released behaviour: the padding is
-            attended); or a tensor (B, T, text_dim), attended as it is.
-        image: CLIP features (B, 257, image_dim), two pictures per sample (B, 514, image_dim) in FLF2V, or None.
-        keep_keys_values: False recomputes keys and values at each call (saves 2·T·D·layers values per prompt).
-    """
-
-    text: Sequence[Tensor] | Tensor
-    image: Tensor | None = None
-    keep_keys_values: bool = True
-    _tokens: tuple[Tensor, Tensor | None] | None = None
-    _blocks: dict[Hashable, PromptBlock] = field(default_factory=dict)
-
-    def block(self, index: Hashable) -> PromptBlock:
-        """What a block keeps between calls. `index`: the transformer's by their numbers, a branch's by themselves."""
-        if not self.keep_keys_values or torch.is_grad_enabled():
-            return PromptBlock(keeps=False)
-        return self._blocks.setdefault(index, PromptBlock())
-
-    def tokens(self, embed: Callable[["Prompt", torch.device], tuple[Tensor, Tensor | None]], device: torch.device):
-        if self._tokens is not None:
-            return self._tokens
-        tokens = embed(self, device)
-        if not torch.is_grad_enabled():
-            self._tokens = tokens
-        return tokens
-
-
-@dataclass
-class BlockContext:
-    """All that the blocks of one forward pass share. Made for the call, gone with it."""
-
-    time: Tensor  # (B, 1 or L, D) float32, the time embedding (the head's modulation)
-    modulation: Tensor  # (B, 1 or L, 6, D) float32, the blocks' modulation
-    rope: Rope
-    text: Tensor | None  # (B, T, D) in the compute dtype; None: no cross-attention (Stand-In's reference tokens)
-    image: Tensor | None  # (B, S, D), CLIP models
-    dtype: torch.dtype  # compute dtype of the linears
-    grid: tuple[int, int, int]  # (F, H, W) in tokens, of the first sample
-    lengths: list[int] | None = None  # real tokens of each sample, where some are padded
-    sharded: bool = False  # the sequence is split over processes
-    prompt: Prompt | None = None  # where the blocks of a branch keep its keys and values
-
-    def attention_mask(self, num_keys: int) -> Tensor | None:
-        """(B, 1, 1, keys): False on padding. Keys of plug-ins, at the end, are never padding."""
-        if self.lengths is None:
-            return None
-        length = torch.tensor(self.lengths, device=self.time.device)[:, None]
-        padded = self.rope[0].shape[1]
-        position = torch.arange(num_keys, device=self.time.device)[None]
-        return ((position < length) | (position >= padded))[:, None, None]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -290,6 +159,8 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         )
         self.head = Head(dim, math.prod(patch_size) * out_dim, eps)
         self.gradient_checkpointing = False
+        # Whether the weights were trained with a time embedding in the compute dtype, as StableAvatar's were.
+        self.rounds_time_embedding = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -301,13 +172,16 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         return cast_linears(self, dtype)
 
     def embed_time(self, timestep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Timesteps (B,) or (B, L) -> time embedding (B, 1 or L, D) and modulation (B, 1 or L, 6, D), in float32.
+        """Timesteps (B,) or (B, L) -> time embedding (B, 1 or L, D) and modulation (B, 1 or L, 6, D), in float32; with
+        the compute dtype's values where the weights were trained so (`rounds_time_embedding`).
 
         A per-token timestep (TI2V, whose first frame is clean) has few distinct values: each is embedded once.
         """
         values, where = torch.unique(timestep.cpu(), return_inverse=True)
         time = self.time_embedding(sinusoidal_embedding(values, self.config.freq_dim).to(device))
         modulation = self.time_projection(time).unflatten(-1, (6, -1))
+        if self.rounds_time_embedding:
+            time, modulation = (part.to(self.compute_dtype).float() for part in (time, modulation))
         where = (where if where.ndim == 2 else where[:, None]).to(device)
         return time[where], modulation[where]
 
@@ -368,6 +242,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         attend_padding: bool = False,
         step_cache: TeaCache | None = None,
         tokens_only: bool = False,
+        whole_sequence: bool = False,
     ) -> Tensor | list[Tensor]:
         """Predict the velocity (noise - clean) of noisy latents.
 
@@ -382,6 +257,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             attend_padding: let self-attention see the padding, as StableAvatar does in a short window.
             step_cache: `TeaCache` of this guidance branch; it may replace the block stack by its last residual.
             tokens_only: stop before the head.
+            whole_sequence: run all tokens in every process, where sequences are split over processes otherwise.
 
         Returns:
             Latents of the input's form with out_dim channels, float32; with `tokens_only` the tokens (B, L, D).
@@ -395,7 +271,9 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         length, device = x.shape[1], x.device
 
         time, modulation = self.embed_time(timestep, device)
-        parallel = self._parallel_config.context_parallel_config if self._parallel_config is not None else None
+        parallel = None
+        if self._parallel_config is not None and not whole_sequence:
+            parallel = self._parallel_config.context_parallel_config
         lengths = [math.prod(grid) for grid in grids]
         text, image = (None, None) if prompt is None else prompt.tokens(self.embed_prompt, device)
         ctx = BlockContext(
@@ -407,8 +285,7 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             dtype=self.compute_dtype,
             grid=grids[0],
             lengths=lengths if min(lengths) < length and not attend_padding else None,
-            # Stand-In's reference pass (no prompt) is short: every process runs the whole of it.
-            sharded=parallel is not None and prompt is not None,
+            sharded=parallel is not None,
             prompt=prompt,
         )
         if ctx.sharded:
@@ -458,4 +335,3 @@ class WanTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
 TransformerBlockRegistry.register(
     WanBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
 )
-__all__ = ["BlockContext", "BlockSlots", "Plugin", "Prompt", "RMSNorm", "Slots", "WanBlock", "WanTransformer"]

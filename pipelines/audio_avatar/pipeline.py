@@ -131,6 +131,7 @@ class AvatarWan(Wan):
         if self.is_tiny:
             self._beside = tiny.tiny_audio_adapter(self.config).set_compute_dtype(self.dtype)
             transformer = super()._read_transformer(expert, device)
+            transformer.rounds_time_embedding = True
         else:
             transformer, self._beside = load_audio_avatar(
                 self.transformer_path(expert),

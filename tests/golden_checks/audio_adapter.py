@@ -11,7 +11,8 @@ from models.audio_adapter import (
     split_adapter,
 )
 from models.lora import Lora, attach_loras, merge_loras
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 from tests.golden_checks.dit import build_transformer, numbered, record_outputs
 
 

@@ -5,7 +5,7 @@ from transformers import Wav2Vec2Config
 
 from models.audio_encoder import audio_encoder_from_tensors
 from models.wan.schedulers import TRAIN_TIMESTEPS, get_schedule, make_solver, shift_sigmas
-from models.wan.transformer import Prompt
+from models.wan.slots import Prompt
 from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.windows import AvatarWindow, blend_weights, fuse, plan_windows, sound_of
 from pipelines.conditions import cover_resize, frames_condition, image_to_clip

@@ -3,7 +3,8 @@
 import torch
 
 from models.wan.attention import apply_rope, rope_table
-from models.wan.transformer import Prompt, WanTransformer, sinusoidal_embedding
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer, sinusoidal_embedding
 
 CONFIG_KEYS = (
     "in_dim",

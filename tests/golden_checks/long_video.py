@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from models.lora import Lora, merge_loras
 from models.wan.schedulers import expert_index, get_schedule, make_solver
-from models.wan.transformer import Prompt
+from models.wan.slots import Prompt
 from pipelines.clip_plan import (
     Chain,
     Clip,

@@ -4,7 +4,7 @@ import numpy
 import torch
 
 from models.wan.schedulers import expert_index, get_schedule
-from models.wan.transformer import Prompt
+from models.wan.slots import Prompt
 from models.wan.vae import vae_from_tensors
 from pipelines.conditions import (
     first_last_frame_condition,

@@ -5,8 +5,8 @@ import torch
 from models.identity.stand_in import REFERENCE_TIME, StandIn
 from models.wan.attention import rope_table
 from models.wan.schedulers import expert_index, get_schedule
+from models.wan.slots import Prompt
 from models.wan.tea_cache import TeaCache
-from models.wan.transformer import Prompt
 from pipelines.conditions import image_to_clip, initial_noise
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from tests.golden_checks.dit import build_transformer, numbered, record_outputs

@@ -3,7 +3,7 @@
 from models.multitalk import Speech, audio_window, latent_windows, multitalk_from_tensors
 from models.pose_embedder import KEY, pose_embedder_from_tensors
 from models.wan.schedulers import get_schedule
-from models.wan.transformer import Prompt
+from models.wan.slots import Prompt
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.guidance import UNCONDITIONAL, three_branch
 from tests.golden_checks.dit import build_transformer, record_outputs

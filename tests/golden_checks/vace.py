@@ -5,7 +5,8 @@ import torch
 
 from models.vace import VaceBranch, branch_from_tensors, split_vace
 from models.wan.schedulers import get_schedule
-from models.wan.transformer import Prompt, WanTransformer
+from models.wan.slots import Prompt
+from models.wan.transformer import WanTransformer
 from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.vace.context import (
