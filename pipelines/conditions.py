@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.wan.vae import WanVAE
 from pipelines.denoise import PinnedFrames
+from preprocess.progress_bars import ProgressBars
 
 
 def latent_frames(num_frames: int) -> int:
@@ -134,3 +135,22 @@ def pinned_first_frame(vae: WanVAE, image: numpy.ndarray, max_area: int) -> tupl
     width, height = best_output_size(image.shape[1], image.shape[0], multiple, max_area)
     clip = image_to_clip(cover_resize(image, width, height))
     return PinnedFrames(vae.encode(clip)), clip
+
+
+class ShownVAE:
+    """A VAE whose `encode` has a bar; all else is the VAE's own."""
+
+    def __init__(self, vae: WanVAE, bars: ProgressBars, label: str):
+        self._vae, self._bars, self._label = vae, bars, label
+
+    def __getattr__(self, name: str):
+        return getattr(self._vae, name)
+
+    def encode(self, video: Tensor, **options) -> Tensor:
+        """As `WanVAE.encode`."""
+        parts = []
+        with self._bars.work(self._label, video.shape[2], "frame") as bar:
+            for latents in self._vae.encode_stream(video, **options):
+                parts.append(latents)
+                bar.advance(min(1 if len(parts) == 1 else 4 * latents.shape[2], video.shape[2] - bar.done))
+        return torch.cat(parts, dim=2)

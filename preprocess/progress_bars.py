@@ -18,14 +18,9 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from models.wan.vae import WanVAE
 
 logger = logging.getLogger("selfsame")
 
@@ -182,24 +177,3 @@ class StepBar(Bar):
         super().__exit__(*exception)
         if exception[0] is None:
             self.bars.steps_ended()
-
-
-class ShownVAE:
-    """A VAE whose `encode` has a bar; all else is the VAE's own."""
-
-    def __init__(self, vae: WanVAE, bars: ProgressBars, label: str):
-        self._vae, self._bars, self._label = vae, bars, label
-
-    def __getattr__(self, name: str):
-        return getattr(self._vae, name)
-
-    def encode(self, video: Tensor, **options) -> Tensor:
-        """As `WanVAE.encode`."""
-        import torch  # not for the bars alone
-
-        parts = []
-        with self._bars.work(self._label, video.shape[2], "frame") as bar:
-            for latents in self._vae.encode_stream(video, **options):
-                parts.append(latents)
-                bar.advance(min(1 if len(parts) == 1 else 4 * latents.shape[2], video.shape[2] - bar.done))
-        return torch.cat(parts, dim=2)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import infer
+from pipelines.conditions import ShownVAE
 from preprocess import progress_bars
-from preprocess.progress_bars import ProgressBars, ShownVAE, readable_time
+from preprocess.progress_bars import ProgressBars, readable_time
 
 
 class Clock:

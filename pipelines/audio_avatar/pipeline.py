@@ -29,7 +29,7 @@ from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.settings import NOT_USED, AvatarSettings
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.audio_avatar.windows import fuse, latent_length, plan_windows, sound_of
-from pipelines.conditions import cover_resize, frames_condition, image_to_clip
+from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
 from pipelines.distributed import Processes, shard_weights
 from pipelines.guidance import audio_native, branch_plugins, branch_prompts, three_branch
@@ -42,7 +42,7 @@ from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_featur
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
 from preprocess.output import allocate, readable_bytes
-from preprocess.progress_bars import ProgressBars, ShownVAE, StepBar
+from preprocess.progress_bars import ProgressBars, StepBar
 
 logger = logging.getLogger("selfsame")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
-from pipelines.conditions import latent_frames
+from pipelines.conditions import ShownVAE, latent_frames
 from pipelines.jobs import Job
 from pipelines.long_video.clip_conditions import (
     crop_to_shape,
@@ -35,7 +35,6 @@ from pipelines.memory import stage
 from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
 from preprocess.image import read_image
-from preprocess.progress_bars import ShownVAE
 from preprocess.video import VideoInfo, probe, stream_frames
 from preprocess.video_writer import VideoWriter, same_encoding, write_video
 

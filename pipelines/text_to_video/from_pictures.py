@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 from torch import Tensor
 
-from pipelines.conditions import best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
+from pipelines.conditions import ShownVAE, best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
 from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
@@ -22,7 +22,6 @@ from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.text_to_video.settings import ImageToVideoSettings
 from pipelines.wan import Wan
 from preprocess.image import read_image
-from preprocess.progress_bars import ShownVAE
 
 logger = logging.getLogger("selfsame")
 

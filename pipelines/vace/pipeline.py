@@ -21,6 +21,7 @@ from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
+from pipelines.conditions import ShownVAE
 from pipelines.distributed import Processes
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
@@ -39,7 +40,6 @@ from pipelines.vace.settings import VaceSettings, Window, plan_windows, read_mas
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.image import read_image
-from preprocess.progress_bars import ShownVAE
 from preprocess.video import probe, stream_frames
 from preprocess.video_writer import VideoWriter
 
