@@ -156,7 +156,7 @@ def shown_columns(rows: Sequence[ClipStatistics]) -> list[str]:
 def as_table(rows: Sequence[ClipStatistics]) -> str:
     """Tab-separated, a line a clip."""
 
-    def text(value) -> str:
+    def text(value: object) -> str:
         return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
     names = shown_columns(rows)
@@ -182,7 +182,9 @@ def draw(rows: Sequence[ClipStatistics], width: int = 900, height: int = 150) ->
             pen.line((left, y, right, y), fill=(225, 225, 225))
             pen.text((8, y - 6), f"{low + share * (high - low):.4g}", fill=(90, 90, 90))
 
-        def at(clip: int, value: float, low=low, high=high, offset=offset) -> tuple[float, float]:
+        def at(
+            clip: int, value: float, low: float = low, high: float = high, offset: int = offset
+        ) -> tuple[float, float]:
             x = left + (right - left) * (clip + 0.5) / len(rows)
             return x, offset + bottom - (value - low) / (high - low) * (bottom - top)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import InputError
 from preprocess.face_detection import Face
@@ -42,9 +42,9 @@ class FaceScore:
         return f"{self.value:.3f} ({self.with_face} of {self.pictures} pictures with a face)"
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
+def cosine(a: numpy.ndarray, b: numpy.ndarray) -> float:
     """Of two embeddings, normalised or not."""
-    return float(np.dot(a, b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+    return float(numpy.dot(a, b) / max(numpy.linalg.norm(a) * numpy.linalg.norm(b), 1e-12))
 
 
 class FaceScorer:
@@ -61,8 +61,8 @@ class FaceScorer:
 
     def __init__(
         self,
-        recogniser: Callable[[np.ndarray], list[Face]],
-        photos: Sequence[np.ndarray],
+        recogniser: Callable[[numpy.ndarray], list[Face]],
+        photos: Sequence[numpy.ndarray],
         face_index: int | None = None,
         names: Sequence[str] = (),
     ):
@@ -77,7 +77,7 @@ class FaceScorer:
                 raise InputError(f"no face found in {name}, so there is nothing to compare with; give another photo")
             self.people.append(choose_face(faces, face_index, name).embedding)
 
-    def score(self, pictures: Iterable[np.ndarray]) -> FaceScore:
+    def score(self, pictures: Iterable[numpy.ndarray]) -> FaceScore:
         """The likeness of (H, W, 3) uint8 pictures. In each, every person is compared with the face most like them."""
         likenesses = []  # (people,) of each picture with a face
         count = 0
@@ -85,11 +85,11 @@ class FaceScorer:
             count += 1
             if faces := self.recogniser(picture):
                 likenesses.append([max(cosine(person, f.embedding) for f in faces) for person in self.people])
-        value = float(np.mean(likenesses, axis=0).min()) if likenesses else 0.0
+        value = float(numpy.mean(likenesses, axis=0).min()) if likenesses else 0.0
         return FaceScore(value, len(likenesses), count)
 
 
-def sample_pictures(path: str | Path) -> Iterator[np.ndarray]:
+def sample_pictures(path: str | Path) -> Iterator[numpy.ndarray]:
     """The picture, or some frames of the video at equal distances, (H, W, 3) uint8 each."""
     if Path(path).suffix.lower() == ".mp4":
         yield from sample_frames(path)
@@ -100,7 +100,7 @@ def sample_pictures(path: str | Path) -> Iterator[np.ndarray]:
         yield from sample_frames(path)
 
 
-def sample_frames(path: str | Path) -> Iterator[np.ndarray]:
+def sample_frames(path: str | Path) -> Iterator[numpy.ndarray]:
     every = math.ceil(probe(path).num_frames / SAMPLED_FRAMES)
     return itertools.islice(stream_frames(path), 0, None, every)
 

@@ -13,18 +13,20 @@ Decoding, mixing and resampling are ffmpeg's. The encoder is in models/audio_enc
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import wave
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import InputError, ResourceError, UsageError, exit_codes
 from preprocess.ffmpeg import ffmpeg_url, media_input, probe_streams, reasons, run_ffmpeg
+from preprocess.output import whole_file
 
 logger = logging.getLogger("selfsame")
 
@@ -51,7 +53,9 @@ FEATURE_STRIDE, FEATURE_WIDTH = 320, 400
 # Files
 
 
-def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1):
+def read_audio(
+    path: str | Path, sample_rate: int = SAMPLE_RATE, argument: str = "--audio", *, channels: int = 1
+) -> numpy.ndarray:
     """The first sound track of any audio or video file.
 
     Channels are mixed to one by their mean, as librosa does. A track that begins after its video is given the silence
@@ -84,14 +88,14 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
     if result.stderr:
         reason = reasons(result.stderr, "")[0]
         logger.warning("%s %s is damaged (%s); what can be decoded is used", argument, path, reason)
-    samples = np.frombuffer(result.stdout, np.float32).reshape(-1, channels)
+    samples = numpy.frombuffer(result.stdout, numpy.float32).reshape(-1, channels)
     if len(samples) < SHORTEST * sample_rate:
         raise InputError(
             f"{argument} {path} has {len(samples) / sample_rate:g} s of sound; give {float(SHORTEST)} s or more"
         )
-    if not np.isfinite(samples).all():
+    if not numpy.isfinite(samples).all():
         raise InputError(f"{argument} {path} has samples that are no numbers (NaN or infinite); export it again")
-    if (peak := np.abs(samples).max()) > LOUDEST:
+    if (peak := numpy.abs(samples).max()) > LOUDEST:
         raise InputError(
             f"{argument} {path} has samples of up to {peak:.3g}, where full scale is 1; export it again, with 16 bits"
         )
@@ -100,15 +104,15 @@ def read_audio(path, sample_rate=SAMPLE_RATE, argument="--audio", *, channels=1)
     return samples[:, 0] if channels == 1 else samples
 
 
-def write_wav(path, samples, sample_rate):
+def write_wav(path: str | Path, samples: numpy.ndarray, sample_rate: int) -> None:
     """(N,) or (N, channels) floats -> a 16-bit wav; beside it first, then renamed. Above full scale it is clipped.
 
     Raises:
         ResourceError: the disk is full.
     """
-    samples = np.atleast_2d(np.asarray(samples).T).T  # (N, channels)
-    levels = np.rint(samples.clip(-1, 1) * 32767).astype("<i2")
-    with whole_file(path) as part, wave.open(str(part), "wb") as file:
+    samples = numpy.atleast_2d(numpy.asarray(samples).T).T  # (N, channels)
+    levels = numpy.rint(samples.clip(-1, 1) * 32767).astype("<i2")
+    with whole_sound(path) as part, wave.open(str(part), "wb") as file:
         file.setnchannels(samples.shape[1])
         file.setsampwidth(2)
         file.setframerate(sample_rate)
@@ -116,19 +120,16 @@ def write_wav(path, samples, sample_rate):
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """The name to write under; renamed to `path` when the block ends well, removed when it does not."""
-    part = Path(path).with_name(f".{Path(path).stem}.part.wav")
+def whole_sound(path: str | Path) -> Iterator[Path]:
+    """`whole_file`, with what a full disk is told of."""
     try:
-        yield part
-        os.replace(part, path)
+        with whole_file(Path(path)) as part:
+            yield part
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}; give --output on another disk") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def extract_sound(path, output):
+def extract_sound(path: str | Path, output: str | Path) -> None:
     """A file's first sound track as 16-bit wav, its rate and channels kept.
 
     Raises:
@@ -137,7 +138,7 @@ def extract_sound(path, output):
     """
     if not probe_streams(path).has_audio:
         raise InputError(f"{path} has no sound track; give a video with sound")
-    with whole_file(output) as part:
+    with whole_sound(output) as part:
         plain = ("-map_metadata", "-1", "-fflags", "+bitexact", "-flags:a", "+bitexact")
         sound = ("-map", "0:a:0", "-c:a", "pcm_s16le", *plain, "-f", "wav")
         result = run_ffmpeg("-y", *media_input(path), *sound, ffmpeg_url(part))
@@ -152,7 +153,7 @@ def extract_sound(path, output):
 # Time
 
 
-def exact_fps(fps):
+def exact_fps(fps: float | Fraction) -> Fraction:
     """Frames per second as the fraction that is meant: 29.97 is 30000/1001.
 
     Args:
@@ -196,29 +197,29 @@ class AudioTimeline:
             )
 
     @property
-    def samples_per_frame(self):
+    def samples_per_frame(self) -> Fraction:
         exact = self.sample_rate / self.fps
         return Fraction(int(exact)) if self.legacy else exact
 
     @property
-    def num_frames(self):
+    def num_frames(self) -> int:
         """Of the video: the nearest to the sound's length."""
         if self.legacy:
             return FRAMES_PER_LATENT * (self.num_latent_frames - 1) + 1
         return round_half_up(self.num_samples / self.samples_per_frame)
 
     @property
-    def num_latent_frames(self):
+    def num_latent_frames(self) -> int:
         """That hold the video: it may use one to three frames less than they decode to."""
         if self.legacy:
             return (self.num_samples // self.samples_per_frame - 1) // FRAMES_PER_LATENT + 1
         return ceil(Fraction(self.num_frames - 1, FRAMES_PER_LATENT)) + 1
 
-    def sample_range(self, first_frame, end_frame):
+    def sample_range(self, first_frame: int, end_frame: int) -> tuple[int, int]:
         """(first sample, end sample) of the video frames first_frame .. end_frame - 1; may lie beyond the sound."""
         return int(first_frame * self.samples_per_frame), int(end_frame * self.samples_per_frame)
 
-    def window_samples(self, start, end, *, exact=False):
+    def window_samples(self, start: int, end: int, *, exact: bool = False) -> tuple[int, int]:
         """(first sample, end sample) for a window of the latent frames start .. end - 1.
 
         A window is sampled as if it were a video of its own: its first latent frame is one video frame.
@@ -231,32 +232,32 @@ class AudioTimeline:
         first_frame = FRAMES_PER_LATENT * start
         return self.sample_range(first_frame, first_frame + num_frames)
 
-    def feature_at(self, frame):
+    def feature_at(self, frame: int) -> Fraction:
         """Which wav2vec2 feature (of the whole sound) is centred on the middle of a video frame, as a fraction."""
         middle = (frame + Fraction(1, 2)) * self.samples_per_frame
         return (middle - Fraction(FEATURE_WIDTH, 2)) / FEATURE_STRIDE
 
 
-def num_features(num_samples):
+def num_features(num_samples: int) -> int:
     """How many features wav2vec2 makes of so many samples: 53760 -> 167."""
     for kernel, stride in CONVOLUTIONS:
         num_samples = (num_samples - kernel) // stride + 1
     return max(num_samples, 0)
 
 
-def cut_samples(samples, first, end):
+def cut_samples(samples: numpy.ndarray, first: int, end: int) -> numpy.ndarray:
     """samples[first:end], with silence for what lies beyond the end."""
     piece = samples[first:end]
-    return np.pad(piece, (0, end - first - len(piece)))
+    return numpy.pad(piece, (0, end - first - len(piece)))
 
 
-def training_clip_samples(first_frame, num_frames, fps):
+def training_clip_samples(first_frame: int, num_frames: int, fps: float) -> tuple[int, int]:
     """(first sample, end sample) of a training clip, by StableAvatar's float arithmetic, which may lose a sample."""
     start = first_frame / fps
     return int(start * SAMPLE_RATE), int((num_frames / fps + start) * SAMPLE_RATE)
 
 
-def round_half_up(value):
+def round_half_up(value: float | Fraction) -> int:
     return int(value + Fraction(1, 2))
 
 
@@ -266,19 +267,19 @@ def round_half_up(value):
 ABSOLUTE_GATE, RELATIVE_GATE = -70.0, -10.0  # LUFS; LU under the mean of what passes the first
 
 
-def normalize_loudness(samples, sample_rate, target=-23.0):
+def normalize_loudness(samples: numpy.ndarray, sample_rate: int, target: float = -23.0) -> numpy.ndarray:
     """Scale to `target` LUFS (EBU R 128). Silence, which has no loudness, stays as it is.
 
     Args:
         samples: (N,) mono, or (N, 2).
     """
     loudness = integrated_loudness(samples, sample_rate)
-    if not np.isfinite(loudness):
+    if not numpy.isfinite(loudness):
         return samples
     return (samples * 10 ** ((target - loudness) / 20)).astype(samples.dtype)
 
 
-def integrated_loudness(samples, sample_rate):
+def integrated_loudness(samples: numpy.ndarray, sample_rate: int) -> float:
     """Loudness in LUFS by ITU-R BS.1770-4: mean power behind the K filter, over 400 ms blocks that pass two gates.
 
     Sound of less than 400 ms is one block. -inf for silence.
@@ -288,47 +289,47 @@ def integrated_loudness(samples, sample_rate):
     """
     from scipy.signal import lfilter
 
-    weighted = np.asarray(samples, np.float64).reshape(len(samples), -1)  # (N, channels)
+    weighted = numpy.asarray(samples, numpy.float64).reshape(len(samples), -1)  # (N, channels)
     for numerator, denominator in k_weighting(sample_rate):
         weighted = lfilter(numerator, denominator, weighted, axis=0)
-    power = np.concatenate([[0.0], np.cumsum((weighted**2).sum(axis=1))])
+    power = numpy.concatenate([[0.0], numpy.cumsum((weighted**2).sum(axis=1))])
     block = min(round(0.4 * sample_rate), len(weighted))
-    starts = np.arange(0, len(weighted) - block + 1, max(block // 4, 1))  # overlapping by three quarters
+    starts = numpy.arange(0, len(weighted) - block + 1, max(block // 4, 1))  # overlapping by three quarters
     blocks = (power[starts + block] - power[starts]) / block
 
-    def loudness(power):
-        return -0.691 + 10 * np.log10(power)
+    def loudness(power: numpy.ndarray) -> numpy.ndarray:
+        return -0.691 + 10 * numpy.log10(power)
 
-    with np.errstate(divide="ignore"):
+    with numpy.errstate(divide="ignore"):
         blocks = blocks[loudness(blocks) > ABSOLUTE_GATE]
         if not len(blocks):
-            return -np.inf
+            return -numpy.inf
         blocks = blocks[loudness(blocks) > loudness(blocks.mean()) + RELATIVE_GATE]
         return float(loudness(blocks.mean()))
 
 
-def k_weighting(sample_rate):
+def k_weighting(sample_rate: int) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
     """The two second-order filters of BS.1770 as (numerator, denominator), for any rate.
 
     The recommendation lists coefficients for 48 kHz only; these are the analogue filters behind them (a shelf of 4 dB
     above 1.7 kHz for the head, a high-pass at 38 Hz), as libebur128 recovered them.
     """
-    k = np.tan(np.pi * 1681.974450955533 / sample_rate)
+    k = numpy.tan(numpy.pi * 1681.974450955533 / sample_rate)
     q, gain = 0.7071752369554196, 10 ** (3.999843853973347 / 20)
     middle = gain**0.4996667741545416
-    shelf = np.array([gain + middle * k / q + k * k, 2 * (k * k - gain), gain - middle * k / q + k * k])
-    poles = np.array([1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k])
+    shelf = numpy.array([gain + middle * k / q + k * k, 2 * (k * k - gain), gain - middle * k / q + k * k])
+    poles = numpy.array([1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k])
     filters = [(shelf / poles[0], poles / poles[0])]
-    k, q = np.tan(np.pi * 38.13547087602444 / sample_rate), 0.5003270373238773
-    poles = np.array([1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k])
-    return [*filters, (np.array([1.0, -2.0, 1.0]), poles / poles[0])]
+    k, q = numpy.tan(numpy.pi * 38.13547087602444 / sample_rate), 0.5003270373238773
+    poles = numpy.array([1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k])
+    return [*filters, (numpy.array([1.0, -2.0, 1.0]), poles / poles[0])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.audio", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -344,7 +345,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     from preprocess.output import resolve_output
 
     output = resolve_output(args.output, overwrite=args.overwrite, extension=".wav")

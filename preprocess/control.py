@@ -20,15 +20,20 @@ import argparse
 import logging
 import math
 import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import InputError, ResourceError, UsageError, WeightsError, exit_codes
 from preprocess import control_maps
 from preprocess.control_maps import KEPT, MADE, MASK_SHAPES, SIDES
 from preprocess.video import probe, read_frames
+
+# Frames (F, H, W, 3) uint8, masks (F, H, W) uint8 or None, frames per second.
+ControlVideo = tuple[numpy.ndarray, numpy.ndarray | None, float]
 
 logger = logging.getLogger("selfsame")
 
@@ -68,7 +73,7 @@ TASKS = {
 EVERY_TASK = ("task", "output", "overwrite")
 
 
-def make_control(args):
+def make_control(args: Namespace) -> ControlVideo:
     """What one command asks for.
 
     Args:
@@ -86,7 +91,7 @@ def make_control(args):
         return _clipref(args)
     if task == "maskaug":
         mask, fps = read_mask(args.mask, "--mask")
-        return np.repeat(_reshape(mask, args)[..., None], 3, axis=-1), None, fps
+        return numpy.repeat(_reshape(mask, args)[..., None], 3, axis=-1), None, fps
     if task in ("pose", "pose_body", "depth", "scribble"):
         return _with_model(task, args)
 
@@ -135,7 +140,7 @@ def make_control(args):
     return *control_maps.compose((first, frames, masks[0]), (second, other, masks[1])), fps
 
 
-def _with_model(task, args):
+def _with_model(task: str, args: Namespace) -> ControlVideo:
     """Checked in this order: weights on disk, the video, then the weights are loaded."""
     if task.startswith("pose"):
         detector_path = weights_path("person_detector", args.detector_path, "--detector_path")
@@ -164,10 +169,10 @@ def _with_model(task, args):
 
         model = load_depth_model(folder, resolve_device(args.device))
         return depth_map(frames, model, per_frame=bool(args.per_frame)), None, fps
-    return np.stack([draw(frame) for frame in _progress(frames, task)]), None, fps
+    return numpy.stack([draw(frame) for frame in _progress(frames, task)]), None, fps
 
 
-def _layout(args):
+def _layout(args: Namespace) -> ControlVideo:
     if len(args.bbox) != 2:
         raise UsageError(f"--bbox: layout_bbox takes two boxes, start and end, not {len(args.bbox)}")
     if args.video is not None:
@@ -183,7 +188,7 @@ def _layout(args):
     return control_maps.layout_boxes(*args.bbox, num_frames, height, width, args.color or (0, 0, 0)), None, fps
 
 
-def _frameref(args):
+def _frameref(args: Namespace) -> ControlVideo:
     from preprocess.image import read_image
 
     if args.image is None and args.image2 is None:
@@ -208,7 +213,7 @@ def _frameref(args):
     return *control_maps.extend_frames(before, num_made, after), args.fps or 16
 
 
-def _clipref(args):
+def _clipref(args: Namespace) -> ControlVideo:
     if args.video is None and args.video2 is None:
         raise UsageError("clipref needs --video (the beginning), --video2 (the end), or both")
     before, fps = (None, None) if args.video is None else read_clip(args.video, "--video")
@@ -225,13 +230,13 @@ def _clipref(args):
     return *control_maps.extend_frames(before, num_frames - given, after), fps or after_fps
 
 
-def _warn_of_length(num_frames):
+def _warn_of_length(num_frames: int) -> None:
     if num_frames % 4 != 1:
         fits = control_maps.next_wan_length(num_frames)
         logger.warning("%d frames; Wan takes 4n+1 and would leave the last out: %d would fit", num_frames, fits)
 
 
-def _reshape(mask, args):
+def _reshape(mask: numpy.ndarray, args: Namespace) -> numpy.ndarray:
     """By the --maskaug_ flags."""
     if args.maskaug_mode is None:
         if args.maskaug_ratio is not None or args.maskaug_seed is not None:
@@ -240,25 +245,25 @@ def _reshape(mask, args):
     grows = args.maskaug_mode.endswith("_expand")
     if not grows and (args.maskaug_ratio is not None or args.maskaug_seed is not None):
         raise UsageError(f"--maskaug_mode {args.maskaug_mode} does not grow: no --maskaug_ratio or --maskaug_seed")
-    reach = (1, 1, 1, 1) if args.maskaug_seed is None else np.random.default_rng(args.maskaug_seed).random(4)
+    reach = (1, 1, 1, 1) if args.maskaug_seed is None else numpy.random.default_rng(args.maskaug_seed).random(4)
     ratio = 0.3 if args.maskaug_ratio is None else args.maskaug_ratio
     return control_maps.reshape_mask(mask, args.maskaug_mode, expand_ratio=ratio, reach=reach)
 
 
-def _mask_of(kind, path, argument, shape):
+def _mask_of(kind: str, path: str | None, argument: str, shape: tuple[int, ...]) -> numpy.ndarray | None:
     """The mask of one video of a composition; a control video has none, all of it is made."""
     if path is not None:
         return read_mask(path, argument, shape)[0]
     if control_maps.composition_kind(kind) != "control":
         raise UsageError(f"--compose {kind} needs {argument}, the mask that came with its video")
-    return np.full(shape[:3], MADE, np.uint8)
+    return numpy.full(shape[:3], MADE, numpy.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_clip(path, argument):
+def read_clip(path: str | Path, argument: str) -> tuple[numpy.ndarray, float]:
     """((F, H, W, 3) uint8 RGB, frames per second) of a video that fits into memory."""
     if str(path).lower().endswith(PICTURES):
         raise InputError(f"{argument} {path} is a picture; give a video (for pictures there is the task frameref)")
@@ -267,7 +272,7 @@ def read_clip(path, argument):
     return read_frames(path), info.fps
 
 
-def read_mask(path, argument, shape=None):
+def read_mask(path: str | Path, argument: str, shape: tuple[int, ...] | None = None) -> tuple[numpy.ndarray, float]:
     """((F, H, W) uint8 of 0 and 255, frames per second) of a mask video, or of a picture for all frames.
 
     Args:
@@ -284,7 +289,7 @@ def read_mask(path, argument, shape=None):
         frames, fps = read_image(path, argument)[None], 16
     else:
         frames, fps = read_clip(path, argument)
-    sample = frames[:: max(1, len(frames) // 8)].astype(np.int16)
+    sample = frames[:: max(1, len(frames) // 8)].astype(numpy.int16)
     coloured = float((sample.max(axis=-1) - sample.min(axis=-1) > 48).mean())
     if coloured > 0.001:  # video codecs leave a little colour at edges
         raise InputError(
@@ -308,16 +313,16 @@ def read_mask(path, argument, shape=None):
                 "make the mask for this video"
             )
         logger.info("%s of %dx%d scaled to %dx%d", argument, *mask.shape[:0:-1], width, height)
-        mask = np.stack([cv2.resize(plane, (width, height), interpolation=cv2.INTER_NEAREST) for plane in mask])
+        mask = numpy.stack([cv2.resize(plane, (width, height), interpolation=cv2.INTER_NEAREST) for plane in mask])
     if len(mask) not in (1, num_frames):
         raise InputError(
             f"{argument} {path} has {len(mask)} frames, its video {num_frames}; "
             "give one mask frame for each, or a picture for all of them"
         )
-    return np.broadcast_to(mask, (num_frames, height, width)), fps
+    return numpy.broadcast_to(mask, (num_frames, height, width)), fps
 
 
-def check_memory(num_frames, height, width, argument):
+def check_memory(num_frames: int, height: float, width: float, argument: str) -> None:
     """Frames are held decoded, and about three times over.
 
     Raises:
@@ -334,7 +339,7 @@ def check_memory(num_frames, height, width, argument):
         )
 
 
-def weights_path(part, given, argument):
+def weights_path(part: str, given: str | None, argument: str) -> Path:
     """Where the weights of a part of configs/vace-annotators.yaml are.
 
     Raises:
@@ -352,7 +357,7 @@ def weights_path(part, given, argument):
     return path
 
 
-def resolve_device(name):
+def resolve_device(name: str) -> str:
     import torch
 
     if name is None:
@@ -364,7 +369,7 @@ def resolve_device(name):
     return name
 
 
-def _progress(frames, task):
+def _progress(frames: Iterable[numpy.ndarray], task: str) -> Iterable[numpy.ndarray]:
     from tqdm import tqdm
 
     return tqdm(frames, desc=task, unit="frame", disable=None)
@@ -374,7 +379,7 @@ def _progress(frames, task):
 # The command
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.control",
         description=__doc__ + _describe_tasks(),
@@ -426,7 +431,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def _describe_tasks():
+def _describe_tasks() -> str:
     lines = []
     for name, task in TASKS.items():
         flags = [f"--{flag}" for flag in task.needs] + [f"[--{flag}]" for flag in task.takes]
@@ -434,7 +439,7 @@ def _describe_tasks():
     return "\n".join(lines)
 
 
-def _box(text):
+def _box(text: str) -> tuple[int, ...]:
     try:
         box = tuple(float(v) for v in text.split(","))
     except ValueError:
@@ -446,7 +451,7 @@ def _box(text):
     return box
 
 
-def _color(text):
+def _color(text: str) -> tuple[int, ...]:
     try:
         color = tuple(int(v) for v in text.split(","))
     except ValueError:
@@ -456,7 +461,7 @@ def _color(text):
     return color
 
 
-def _whole(text):
+def _whole(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -466,7 +471,7 @@ def _whole(text):
     return value
 
 
-def main(args):
+def main(args: Namespace) -> None:
     from preprocess.output import resolve_output
     from preprocess.video_writer import write_video
 
@@ -482,7 +487,7 @@ def main(args):
     given = {name: value for name, value in vars(args).items() if value is not None and name != "overwrite"}
     settings = {"fps": fps, "quality": 10, "metadata": {"made_by": "preprocess.control", **given}}
     if masks is not None:  # the mask first: where the control video is, all is
-        write_video(mask_output, (np.repeat(plane[None, ..., None], 3, axis=-1) for plane in masks), **settings)
+        write_video(mask_output, (numpy.repeat(plane[None, ..., None], 3, axis=-1) for plane in masks), **settings)
         made = float((masks != KEPT).mean())
         if made == 0:
             logger.warning("%s: the mask is black throughout, nothing is left to be made", mask_output.name)

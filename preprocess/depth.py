@@ -8,17 +8,21 @@ whenever something near comes or goes. Tested with a tiny random model; the rele
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+import numpy
 
 from errors import InputError, WeightsError
 
+if TYPE_CHECKING:
+    from transformers import DepthAnythingForDepthEstimation
+
 SHORT_SIDE = 518  # what the model was trained at; sides become multiples of its patch
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+MEAN = numpy.array([0.485, 0.456, 0.406], numpy.float32)
+STD = numpy.array([0.229, 0.224, 0.225], numpy.float32)
 
 
-def load_depth_model(folder, device="cpu"):
+def load_depth_model(folder: str | Path, device: str = "cpu") -> "DepthAnythingForDepthEstimation":
     """Depth Anything (1 or 2) in transformers' layout: config.json and model.safetensors. Nothing is downloaded.
 
     Raises:
@@ -52,7 +56,13 @@ def load_depth_model(folder, device="cpu"):
     return model.eval().requires_grad_(False).to(device)
 
 
-def depth_map(frames, model, *, short_side=SHORT_SIDE, per_frame=False):
+def depth_map(
+    frames: numpy.ndarray,
+    model: "DepthAnythingForDepthEstimation",
+    *,
+    short_side: int = SHORT_SIDE,
+    per_frame: bool = False,
+) -> numpy.ndarray:
     """(F, H, W, 3) uint8 RGB -> grey of that shape, 255 the nearest of the clip (or of each frame), 0 the farthest.
 
     Raises:
@@ -62,20 +72,20 @@ def depth_map(frames, model, *, short_side=SHORT_SIDE, per_frame=False):
     from tqdm import tqdm
 
     bar = tqdm(frames, desc="depth", unit="frame", disable=None)
-    inverse = np.stack([_inverse_depth(frame, model, short_side) for frame in bar])  # (F, h, w)
+    inverse = numpy.stack([_inverse_depth(frame, model, short_side) for frame in bar])  # (F, h, w)
     axes = (1, 2) if per_frame else None
     nearest, farthest = inverse.max(axis=axes, keepdims=True), inverse.min(axis=axes, keepdims=True)
-    if not np.isfinite(inverse).all() or not (nearest > farthest).all():
+    if not numpy.isfinite(inverse).all() or not (nearest > farthest).all():
         raise InputError("the depth model sees no depth in the video; is it a picture of one colour?")
     height, width = frames.shape[1:3]
-    video = np.empty_like(frames)
+    video = numpy.empty_like(frames)
     for i, plane in enumerate((inverse - farthest) / (nearest - farthest)):
         plane = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
-        video[i] = (plane * 255).clip(0, 255).astype(np.uint8)[..., None]
+        video[i] = (plane * 255).clip(0, 255).astype(numpy.uint8)[..., None]
     return video
 
 
-def _inverse_depth(frame, model, short_side):
+def _inverse_depth(frame: numpy.ndarray, model: "DepthAnythingForDepthEstimation", short_side: int) -> numpy.ndarray:
     """One frame -> (h, w) float32 at the model's own size."""
     import cv2
     import torch
@@ -83,7 +93,7 @@ def _inverse_depth(frame, model, short_side):
     patch = model.config.patch_size
     scale = short_side / min(frame.shape[:2])
     height, width = (max(round(side * scale / patch), 1) * patch for side in frame.shape[:2])
-    small = cv2.resize(frame.astype(np.float32) / 255, (width, height), interpolation=cv2.INTER_CUBIC)
+    small = cv2.resize(frame.astype(numpy.float32) / 255, (width, height), interpolation=cv2.INTER_CUBIC)
     pixels = torch.from_numpy(((small - MEAN) / STD).transpose(2, 0, 1)[None]).to(model.device, model.dtype)
     with torch.inference_mode():
         return model(pixel_values=pixels).predicted_depth[0].float().cpu().numpy()

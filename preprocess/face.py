@@ -15,14 +15,19 @@ import argparse
 import logging
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import InputError, UsageError, WeightsError, exit_codes
-from preprocess.face_detection import DETECTOR_PATH, Face, load_detector
+from preprocess.face_detection import DETECTOR_PATH, Box, Detector, Face, load_detector
 from preprocess.image import read_image, write_png
+
+# A face parser: (S, S, 3) uint8 RGB and a face's box or None -> (S, S) class labels, 0 the background.
+Parser = Callable[[numpy.ndarray, Box | None], numpy.ndarray]
 
 logger = logging.getLogger("selfsame")
 
@@ -52,12 +57,12 @@ MIN_SCORE = 0.65
 class Crop:
     """A square piece of a picture, resized."""
 
-    picture: np.ndarray  # (size, size, 3) uint8 RGB
+    picture: numpy.ndarray  # (size, size, 3) uint8 RGB
     box: tuple[int, int, int, int]  # left, top, right, bottom in the source picture
     square_size: int  # side of the padded square before resizing
     pad: tuple[int, int]  # white columns added left, rows added on top
 
-    def to_crop(self, box):
+    def to_crop(self, box: Box) -> Box:
         """A box of the source picture, in pixels of `picture`."""
         scale = self.picture.shape[0] / self.square_size
         offset_x, offset_y = self.pad[0] - self.box[0], self.pad[1] - self.box[1]
@@ -69,24 +74,24 @@ class Crop:
 class FaceImage:
     """What `prepare_face` returns."""
 
-    rgb: np.ndarray  # (size, size, 3) uint8, white background
-    rgba: np.ndarray  # (size, size, 4) uint8, alpha 0 on the background, colours untouched
+    rgb: numpy.ndarray  # (size, size, 3) uint8, white background
+    rgba: numpy.ndarray  # (size, size, 4) uint8, alpha 0 on the background, colours untouched
     face: Face | None  # None: no face was found, or none looked for
     crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the source picture
 
 
 def prepare_face(
-    image,
-    detector=None,
-    parser=None,
+    image: numpy.ndarray,
+    detector: Detector | None = None,
+    parser: Parser | None = None,
     *,
-    face_index=None,
-    allow_no_face=False,
-    crop=True,
-    mask="default",
-    size=SIZE,
-    name="the picture",
-):
+    face_index: int | None = None,
+    allow_no_face: bool = False,
+    crop: bool = True,
+    mask: str = "default",
+    size: int = SIZE,
+    name: str = "the picture",
+) -> FaceImage:
     """The face picture an identity model is given.
 
     Args:
@@ -109,9 +114,9 @@ def prepare_face(
             raise UsageError("--no_face_crop takes the whole picture: leave out --face_index and --mask")
         whole = crop_face(image, None, size=size)
         x1, y1, x2, y2 = (round(v) for v in whole.to_crop(whole.box))
-        alpha = np.zeros((size, size, 1), np.uint8)
+        alpha = numpy.zeros((size, size, 1), numpy.uint8)
         alpha[y1:y2, x1:x2] = 255
-        return FaceImage(whole.picture, np.concatenate([whole.picture, alpha], axis=-1), None, whole.box)
+        return FaceImage(whole.picture, numpy.concatenate([whole.picture, alpha], axis=-1), None, whole.box)
 
     if mask != "default" and isinstance(parser, GrabCutParser):
         raise WeightsError(
@@ -143,7 +148,7 @@ def prepare_face(
     return FaceImage(rgb, rgba, face, cut.box)
 
 
-def choose_face(faces, face_index=None, name="the picture"):
+def choose_face(faces: Sequence[Face], face_index: int | None = None, name: str = "the picture") -> Face:
     """The largest face (with a warning that lists all, if there are several), or the `face_index`-th from the left."""
     faces_from_left = sorted(faces, key=lambda face: face.box[0] + face.box[2])
     largest = max(faces, key=_area)
@@ -163,7 +168,9 @@ def choose_face(faces, face_index=None, name="the picture"):
     return faces_from_left[face_index]
 
 
-def crop_face(image, face, *, size=SIZE, border_thresh=10, face_crop_scale=1.5):
+def crop_face(
+    image: numpy.ndarray, face: Face, *, size: int = SIZE, border_thresh: int = 10, face_crop_scale: float = 1.5
+) -> Crop:
     """Crop around the face, pad with white to a square, resize.
 
     The whole picture is taken when there is no face, or when the face touches all four borders: it is a face crop
@@ -192,32 +199,34 @@ def crop_face(image, face, *, size=SIZE, border_thresh=10, face_crop_scale=1.5):
 
     square_size = max(right - left, bottom - top)
     pad_left, pad_top = (square_size - (right - left)) // 2, (square_size - (bottom - top)) // 2
-    square = np.full((square_size, square_size, 3), 255, np.uint8)
+    square = numpy.full((square_size, square_size, 3), 255, numpy.uint8)
     square[pad_top : pad_top + bottom - top, pad_left : pad_left + right - left] = image[top:bottom, left:right]
     picture = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA)
     return Crop(picture, (left, top, right, bottom), square_size, (pad_left, pad_top))
 
 
-def remove_background(picture, labels, mask="default"):
+def remove_background(
+    picture: numpy.ndarray, labels: numpy.ndarray, mask: str = "default"
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     """White where the parser saw a class of `mask`: (rgb (S, S, 3), rgba (S, S, 4) with the colours untouched)."""
-    background = np.isin(labels, MASKS[mask])  # (S, S)
-    rgb = np.where(background[..., None], np.uint8(255), picture)
-    alpha = np.where(background, np.uint8(0), np.uint8(255))
-    return rgb, np.dstack([picture, alpha])
+    background = numpy.isin(labels, MASKS[mask])  # (S, S)
+    rgb = numpy.where(background[..., None], numpy.uint8(255), picture)
+    alpha = numpy.where(background, numpy.uint8(0), numpy.uint8(255))
+    return rgb, numpy.dstack([picture, alpha])
 
 
-def parser_input(picture, normalisation="half"):
+def parser_input(picture: numpy.ndarray, normalisation: str = "half") -> numpy.ndarray:
     """(S, S, 3) uint8 RGB -> (1, 3, S, S) float32, normalised by a key of `NORMALISATIONS`."""
-    mean, std = (np.array(v, np.float32) for v in NORMALISATIONS[normalisation])
-    return ((picture.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
+    mean, std = (numpy.array(v, numpy.float32) for v in NORMALISATIONS[normalisation])
+    return ((picture.astype(numpy.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
 
 
-def _area(face):
+def _area(face: Face) -> float:
     x1, y1, x2, y2 = face.box
     return (x2 - x1) * (y2 - y1)
 
 
-def _warn_of_poor_face(face, cut, shape, name):
+def _warn_of_poor_face(face: Face, cut: bool, shape: tuple[int, ...], name: str) -> None:
     """Say what will cost likeness: a small, doubtful, cut or turned face."""
     x1, y1, x2, y2 = face.box
     height, width = shape[:2]
@@ -235,7 +244,7 @@ def _warn_of_poor_face(face, cut, shape, name):
             logger.warning("the face in %s is seen from the side (%s): near frontal photos work best", name, about)
 
 
-def load_parser(path=None, normalisation="half", device="cpu"):
+def load_parser(path: str | Path | None = None, normalisation: str = "half", device: str = "cpu") -> Parser:
     """A face parser: ((S, S, 3) uint8 RGB, face box or None) -> (S, S) class labels, 0 the background.
 
     Args:
@@ -262,14 +271,14 @@ def load_parser(path=None, normalisation="half", device="cpu"):
 class BiSeNetParser:
     """facexlib's BiSeNet: 19 classes."""
 
-    def __init__(self, path, normalisation="half", device="cpu"):
+    def __init__(self, path: str | Path, normalisation: str = "half", device: str = "cpu"):
         from preprocess.face_parsing import load_bisenet
 
         self.model = load_bisenet(path).to(device)
         self.normalisation = normalisation
         self.device = device
 
-    def __call__(self, picture, face_box=None):
+    def __call__(self, picture: numpy.ndarray, face_box: Box | None = None) -> numpy.ndarray:
         import torch
 
         with torch.inference_mode():
@@ -282,48 +291,48 @@ class GrabCutParser:
 
     SIDE = 256  # where colours are grouped; more only follows noise
 
-    def __call__(self, picture, face_box=None):
+    def __call__(self, picture: numpy.ndarray, face_box: Box | None = None) -> numpy.ndarray:
         import cv2
 
         size = picture.shape[0]
         if face_box is None:
             logger.warning("without a face GrabCut has nothing to start from: the background stays")
-            return np.ones((size, size), np.int64)
+            return numpy.ones((size, size), numpy.int64)
 
         small = cv2.resize(picture, (self.SIDE, self.SIDE), interpolation=cv2.INTER_AREA)
         seeds, is_face = self._seeds(face_box, self.SIDE / size)
-        background = np.isin(seeds, (cv2.GC_BGD, cv2.GC_PR_BGD))
+        background = numpy.isin(seeds, (cv2.GC_BGD, cv2.GC_PR_BGD))
         if background.all() or not background.any() or not is_face.any():  # nothing to tell apart
-            return np.ones((size, size), np.int64)
+            return numpy.ones((size, size), numpy.int64)
         cv2.setRNGSeed(0)  # its k-means draws from OpenCV's global generator
-        cv2.grabCut(small, seeds, None, np.zeros((1, 65)), np.zeros((1, 65)), 6, cv2.GC_INIT_WITH_MASK)
-        person = np.isin(seeds, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+        cv2.grabCut(small, seeds, None, numpy.zeros((1, 65)), numpy.zeros((1, 65)), 6, cv2.GC_INIT_WITH_MASK)
+        person = numpy.isin(seeds, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(numpy.uint8)
 
         # Only the piece the face is part of, without holes.
         _, pieces = cv2.connectedComponents(person)
-        person = (pieces == np.bincount(pieces[is_face]).argmax()).astype(np.uint8)
+        person = (pieces == numpy.bincount(pieces[is_face]).argmax()).astype(numpy.uint8)
         outlines, _ = cv2.findContours(person, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         person = cv2.drawContours(person, outlines, -1, 1, cv2.FILLED)
 
-        smooth = cv2.resize(person.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+        smooth = cv2.resize(person.astype(numpy.float32), (size, size), interpolation=cv2.INTER_LINEAR)
         smooth = cv2.GaussianBlur(smooth, (0, 0), size / 170)  # rounds the steps of the enlarged outline
-        return (smooth > 0.5).astype(np.int64)
+        return (smooth > 0.5).astype(numpy.int64)
 
-    def _seeds(self, face_box, scale):
+    def _seeds(self, face_box: Box | None, scale: float) -> tuple[numpy.ndarray, numpy.ndarray]:
         """GrabCut's four-valued mask from the anatomy of a head, and where surely is face."""
         import cv2
 
         x1, y1, x2, y2 = (v * scale for v in face_box)
         face_width, face_height = x2 - x1, y2 - y1
         center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
-        seeds = np.full((self.SIDE, self.SIDE), cv2.GC_BGD, np.uint8)
-        is_face = np.zeros_like(seeds)
+        seeds = numpy.full((self.SIDE, self.SIDE), cv2.GC_BGD, numpy.uint8)
+        is_face = numpy.zeros_like(seeds)
 
-        def ellipse(target, y, radius_x, radius_y, value):
+        def ellipse(target: numpy.ndarray, y: float, radius_x: float, radius_y: float, value: int) -> None:
             center = round(center_x), round(y)
             cv2.ellipse(target, center, (round(radius_x), round(radius_y)), 0, 0, 360, value, cv2.FILLED)
 
-        def below(y, left, right, value):
+        def below(y: float, left: float, right: float, value: int) -> None:
             cv2.rectangle(seeds, (round(left), round(y)), (round(right), self.SIDE), value, cv2.FILLED)
 
         wide_hair = center_y - 0.05 * face_height, 1.05 * face_width, 0.85 * face_height
@@ -338,7 +347,7 @@ class GrabCutParser:
         return seeds, is_face.astype(bool)
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(prog="python -m preprocess.face", description=__doc__.split("\n")[0])
     parser.add_argument("image", help="photo: path or http(s) URL")
     parser.add_argument("--output", required=True, help="PNG to write")
@@ -360,7 +369,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def main(args):
+def main(args: Namespace) -> None:
     image = read_image(args.image)
     needs_models = not args.no_face_crop
     face = prepare_face(

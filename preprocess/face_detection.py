@@ -7,15 +7,17 @@ detector = load_recogniser()                         # antelopev2 with ArcFace: 
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import WeightsError
 
 logger = logging.getLogger("selfsame")
 
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 DETECTOR_PATH = "checkpoints/antelopev2"
 
 
@@ -23,14 +25,17 @@ DETECTOR_PATH = "checkpoints/antelopev2"
 class Face:
     """One detected face."""
 
-    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: hairline to chin
+    box: Box  # hairline to chin
     score: float  # 0..1
-    keypoints: np.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
-    landmarks: np.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
-    embedding: np.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
+    keypoints: numpy.ndarray | None = None  # (5, 2) x, y: the eyes, the nose, the mouth's corners
+    landmarks: numpy.ndarray | None = None  # (68, 2) x, y in the order of iBUG 300-W; only where they were asked for
+    embedding: numpy.ndarray | None = None  # (512,) float32, ArcFace's, not normalised
 
 
-def load_detector(path=None, *, landmarks=False):
+Detector = Callable[[numpy.ndarray], list[Face]]
+
+
+def load_detector(path: str | Path | None = None, *, landmarks: bool = False) -> Detector:
     """A face detector: (H, W, 3) uint8 RGB -> list of `Face`.
 
     Args:
@@ -58,7 +63,7 @@ def load_detector(path=None, *, landmarks=False):
     return InsightFaceDetector(folder, landmarks)
 
 
-def load_recogniser(path=None, needed_by="this"):
+def load_recogniser(path: str | Path | None = None, needed_by: str = "this") -> "InsightFaceDetector":
     """A detector whose faces carry their ArcFace embedding.
 
     Args:
@@ -77,12 +82,12 @@ def load_recogniser(path=None, needed_by="this"):
     return InsightFaceDetector(folder, embeddings=True)
 
 
-def recogniser_is_there(path=None):
+def recogniser_is_there(path: str | Path | None = None) -> bool:
     """Whether `load_recogniser` has files to load."""
     return _onnx_folder(path or DETECTOR_PATH) is not None
 
 
-def _onnx_folder(root):
+def _onnx_folder(root: str | Path) -> Path | None:
     """Where the .onnx files are: insightface's own layout, a flat folder, or the doubly nested one of its zip."""
     for folder in ("", "models/antelopev2", "antelopev2", "models/antelopev2/antelopev2"):
         if any((Path(root) / folder).glob("*.onnx")):
@@ -95,7 +100,7 @@ class InsightFaceDetector:
     (ArcFace-R100).
     """
 
-    def __init__(self, folder, landmarks=False, embeddings=False):
+    def __init__(self, folder: str | Path, landmarks: bool = False, embeddings: bool = False):
         try:
             import onnxruntime
             from insightface.app import FaceAnalysis
@@ -141,8 +146,8 @@ class InsightFaceDetector:
         # Without a size insightface 2.1 merges two scales, and finds other boxes than the original did.
         self.analysis.prepare(ctx_id=0 if len(providers) > 1 else -1, det_size=(640, 640))
 
-    def __call__(self, image):
-        found = self.analysis.get(np.ascontiguousarray(image[..., ::-1]))  # it wants BGR
+    def __call__(self, image: numpy.ndarray) -> list[Face]:
+        found = self.analysis.get(numpy.ascontiguousarray(image[..., ::-1]))  # it wants BGR
         return [
             Face(
                 tuple(float(v) for v in face.bbox),
@@ -154,12 +159,12 @@ class InsightFaceDetector:
             for face in found
         ]
 
-    def embed(self, image, keypoints):
+    def embed(self, image: numpy.ndarray, keypoints: numpy.ndarray) -> numpy.ndarray:
         """ArcFace's embedding (512,) of a face that another detector found, from its five points (5, 2)."""
         from insightface.app.common import Face as InsightFace
 
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        return self.analysis.models["recognition"].get(bgr, InsightFace(kps=np.asarray(keypoints, np.float32)))
+        bgr = numpy.ascontiguousarray(image[..., ::-1])
+        return self.analysis.models["recognition"].get(bgr, InsightFace(kps=numpy.asarray(keypoints, numpy.float32)))
 
 
 class CascadeDetector:
@@ -179,7 +184,7 @@ class CascadeDetector:
         names = "haarcascade_frontalface_default.xml", "haarcascade_frontalface_alt2.xml"
         self.cascade, self.second_opinion = (cv2.CascadeClassifier(cv2.data.haarcascades + name) for name in names)
 
-    def __call__(self, image):
+    def __call__(self, image: numpy.ndarray) -> list[Face]:
         import cv2
 
         height, width = image.shape[:2]
@@ -191,12 +196,12 @@ class CascadeDetector:
         boxes, _, weights = self.cascade.detectMultiScale3(grey, 1.1, 5, outputRejectLevels=True)
         others = self.second_opinion.detectMultiScale(grey, 1.1, 5)
         faces = []
-        for (x, y, w, h), weight in zip(boxes, np.ravel(weights), strict=True):
-            center = np.array([x + w / 2, y + h / 2])
-            if not any(np.abs(center - (ox + ow / 2, oy + oh / 2)).max() < 0.2 * w for ox, oy, ow, oh in others):
+        for (x, y, w, h), weight in zip(boxes, numpy.ravel(weights), strict=True):
+            center = numpy.array([x + w / 2, y + h / 2])
+            if not any(numpy.abs(center - (ox + ow / 2, oy + oh / 2)).max() < 0.2 * w for ox, oy, ow, oh in others):
                 continue
             # The cascade's square runs from brows to mouth, the boxes the crop is made for from hairline to chin.
             x1, y1, x2, y2 = (float(v * scale) for v in (x, y - 0.2 * h, x + w, y + 1.3 * h))
             box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-            faces.append(Face(box, float(1 - np.exp(-weight / 3))))  # the weight is about 4 to 6 on a clear face
+            faces.append(Face(box, float(1 - numpy.exp(-weight / 3))))  # the weight is about 4 to 6 on a clear face
         return faces

@@ -13,11 +13,11 @@ and the generated face takes on the light of the frame it is put into.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
+import numpy
 
 from errors import UsageError
-from preprocess.face import crop_face
-from preprocess.face_detection import Face
+from preprocess.face import Parser, crop_face
+from preprocess.face_detection import Box, Detector, Face
 
 CONFIDENCE = 0.5  # a face of a lower score is left alone
 FACE_CLASSES = range(1, 14)  # of the parser: skin, brows, eyes, glasses, ears, earring, nose, mouth, lips
@@ -29,7 +29,7 @@ CUT_CHANGE = 12.0  # levels of 255: a smaller change from frame to frame is no c
 CUT_RATIO = 3.0  # nor one that is less than so many times that of its neighbours
 
 
-def find_cuts(frames: np.ndarray) -> list[int]:
+def find_cuts(frames: numpy.ndarray) -> list[int]:
     """The frames (F, H, W, 3) uint8 with which a new shot begins.
 
     The measure is how far red, green and blue change from one frame to the next, on average over pictures shrunk to a
@@ -42,12 +42,12 @@ def find_cuts(frames: np.ndarray) -> list[int]:
     if len(frames) < 2:
         return []
     height = max(1, round(64 * frames.shape[1] / frames.shape[2]))
-    small = [cv2.resize(frame, (64, height), interpolation=cv2.INTER_AREA).astype(np.float32) for frame in frames]
-    changes = [np.abs(after - before).mean() for before, after in zip(small, small[1:], strict=False)]  # (F - 1,)
+    small = [cv2.resize(frame, (64, height), interpolation=cv2.INTER_AREA).astype(numpy.float32) for frame in frames]
+    changes = [numpy.abs(after - before).mean() for before, after in zip(small, small[1:], strict=False)]  # (F - 1,)
     cuts = []
     for i, change in enumerate(changes):
         around = changes[max(i - 2, 0) : i] + changes[i + 1 : i + 3]
-        if change > max(CUT_CHANGE, CUT_RATIO * np.mean(around or [0.0])):
+        if change > max(CUT_CHANGE, CUT_RATIO * numpy.mean(around or [0.0])):
             cuts.append(i + 1)
     return cuts
 
@@ -81,8 +81,8 @@ def follow_face(detections: list[list[Face]], index: int | None = None, cuts: Se
         faces = [face for face in found if face.score > CONFIDENCE]
         if number in cuts and index is None:
             last = None
-        face = max(faces, key=lambda face: overlap(face.box, last.box), default=None) if last else None
-        if face is not None and overlap(face.box, last.box) == 0:
+        face = max(faces, key=lambda face: intersection_over_union(face.box, last.box), default=None) if last else None
+        if face is not None and intersection_over_union(face.box, last.box) == 0:
             face = None
         if face is None and faces and index is None:
             face = largest_face(faces)
@@ -110,7 +110,7 @@ def fill_gaps(faces: list[Face | None], cuts: Sequence[int] = (), longest: int =
     known = [i for i, face in enumerate(faces) if face is not None]
     for before, after in zip(known, known[1:], strict=False):
         start, stop = faces[before], faces[after]
-        if not 1 < after - before <= longest + 1 or overlap(start.box, stop.box) == 0:
+        if not 1 < after - before <= longest + 1 or intersection_over_union(start.box, stop.box) == 0:
             continue
         if any(before < cut <= after for cut in cuts):
             continue
@@ -123,7 +123,7 @@ def fill_gaps(faces: list[Face | None], cuts: Sequence[int] = (), longest: int =
     return filled
 
 
-def overlap(box, other) -> float:
+def intersection_over_union(box: Box, other: Box) -> float:
     """Intersection over union of two boxes."""
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
@@ -142,13 +142,13 @@ def _area(face: Face) -> float:
 # Pasting
 
 
-def source_keypoints(rgba: np.ndarray, detector) -> np.ndarray | None:
+def source_keypoints(rgba: numpy.ndarray, detector: Detector) -> numpy.ndarray | None:
     """The five points of the cut-out face (S, S, 4); None where the detector finds none, or gives no points."""
     faces = detector(rgba[..., :3])
     return faces[0].keypoints if faces else None
 
 
-def align(source: np.ndarray | None, target: np.ndarray | None) -> np.ndarray | None:
+def align(source: numpy.ndarray | None, target: numpy.ndarray | None) -> numpy.ndarray | None:
     """The rotation, scale and shift (2, 3) that bring source points (5, 2) to target points; None without points.
 
     OpenCV draws its samples from a generator of its own with a fixed seed: the same points give the same matrix.
@@ -157,10 +157,16 @@ def align(source: np.ndarray | None, target: np.ndarray | None) -> np.ndarray | 
 
     if source is None or target is None:
         return None
-    return cv2.estimateAffinePartial2D(np.float32(source), np.float32(target), method=cv2.LMEDS)[0]
+    return cv2.estimateAffinePartial2D(numpy.float32(source), numpy.float32(target), method=cv2.LMEDS)[0]
 
 
-def paste_face(frame, face, rgba, source=None, parser=None):
+def paste_face(
+    frame: numpy.ndarray,
+    face: Face,
+    rgba: numpy.ndarray,
+    source: numpy.ndarray | None = None,
+    parser: Parser | None = None,
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Lay the photo's face over one frame.
 
     Args:
@@ -174,20 +180,22 @@ def paste_face(frame, face, rgba, source=None, parser=None):
         the frame (H, W, 3), and the mask of what was laid over it (H, W), uint8.
     """
     if face is None:
-        return frame, np.zeros(frame.shape[:2], np.uint8)
+        return frame, numpy.zeros(frame.shape[:2], numpy.uint8)
     matrix = align(source, face.keypoints)
     return paste_in_box(frame, face, rgba, parser) if matrix is None else paste_aligned(frame, matrix, rgba)
 
 
-def paste_aligned(frame, matrix, rgba):
+def paste_aligned(
+    frame: numpy.ndarray, matrix: numpy.ndarray, rgba: numpy.ndarray
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Turned, scaled and shifted by `matrix`; the mask is the photo's own alpha, so the whole head."""
     warped = warp(rgba, matrix, *frame.shape[:2])
     warped, mask = warped[..., :3], warped[..., 3]
-    alpha = mask[..., None].astype(np.float32) / 255
-    return ((1 - alpha) * frame + alpha * warped).astype(np.uint8), mask  # truncated, as upstream
+    alpha = mask[..., None].astype(numpy.float32) / 255
+    return ((1 - alpha) * frame + alpha * warped).astype(numpy.uint8), mask  # truncated, as upstream
 
 
-def warp(picture: np.ndarray, matrix: np.ndarray, height: int, width: int) -> np.ndarray:
+def warp(picture: numpy.ndarray, matrix: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
     """Bilinear, zeros outside: (h, w, C) uint8 -> (height, width, C) uint8.
 
     cv2.warpAffine rounds positions to 1/32 pixel in some builds and not in others, which moves an edge by up to four
@@ -196,25 +204,35 @@ def warp(picture: np.ndarray, matrix: np.ndarray, height: int, width: int) -> np
     import cv2
 
     rows, columns = picture.shape[:2]
-    padded = np.pad(picture, ((1, 2), (1, 2), (0, 0))).astype(np.float32)
-    corners = np.array([[-1, -1, 1], [columns, -1, 1], [-1, rows, 1], [columns, rows, 1]]) @ np.float64(matrix).T
-    left, top = np.clip(np.floor(corners.min(axis=0)), 0, (width, height)).astype(int)
-    right, bottom = np.clip(np.ceil(corners.max(axis=0)) + 1, 0, (width, height)).astype(int)
-    x, y = np.meshgrid(np.arange(left, right), np.arange(top, bottom))
-    inverse = cv2.invertAffineTransform(np.float64(matrix))
+    padded = numpy.pad(picture, ((1, 2), (1, 2), (0, 0))).astype(numpy.float32)
+    corners = numpy.array([[-1, -1, 1], [columns, -1, 1], [-1, rows, 1], [columns, rows, 1]]) @ numpy.float64(matrix).T
+    left, top = numpy.clip(numpy.floor(corners.min(axis=0)), 0, (width, height)).astype(int)
+    right, bottom = numpy.clip(numpy.ceil(corners.max(axis=0)) + 1, 0, (width, height)).astype(int)
+    x, y = numpy.meshgrid(numpy.arange(left, right), numpy.arange(top, bottom))
+    inverse = cv2.invertAffineTransform(numpy.float64(matrix))
     source_x, source_y = (
-        np.clip(a * x + b * y + c + 1, 0, size + 1) for (a, b, c), size in zip(inverse, (columns, rows), strict=True)
+        numpy.clip(a * x + b * y + c + 1, 0, size + 1) for (a, b, c), size in zip(inverse, (columns, rows), strict=True)
     )
     x0, y0 = source_x.astype(int), source_y.astype(int)
-    share_x, share_y = (np.float32(source_x - x0)[..., None], np.float32(source_y - y0)[..., None])
+    share_x, share_y = (numpy.float32(source_x - x0)[..., None], numpy.float32(source_y - y0)[..., None])
     above = padded[y0, x0] * (1 - share_x) + padded[y0, x0 + 1] * share_x
     below = padded[y0 + 1, x0] * (1 - share_x) + padded[y0 + 1, x0 + 1] * share_x
-    warped = np.zeros((height, width, picture.shape[2]), np.uint8)
-    warped[top:bottom, left:right] = np.rint(above * (1 - share_y) + below * share_y)
+    warped = numpy.zeros((height, width, picture.shape[2]), numpy.uint8)
+    warped[top:bottom, left:right] = numpy.rint(above * (1 - share_y) + below * share_y)
     return warped
 
 
-def paste_in_box(frame, face, rgba, parser, *, face_crop_scale=1.5, dilation=10, feather=21, own_alpha=True):
+def paste_in_box(
+    frame: numpy.ndarray,
+    face: Face,
+    rgba: numpy.ndarray,
+    parser: Parser,
+    *,
+    face_crop_scale: float = 1.5,
+    dilation: int = 10,
+    feather: int = 21,
+    own_alpha: bool = True,
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Stretched over the square box around the face, within the soft outline of the face that is there.
 
     Args:
@@ -227,7 +245,7 @@ def paste_in_box(frame, face, rgba, parser, *, face_crop_scale=1.5, dilation=10,
 
     crop = crop_face(frame, face, border_thresh=-1, face_crop_scale=face_crop_scale)
     left, top, right, bottom = crop.box
-    mask = np.zeros(frame.shape[:2], np.uint8)
+    mask = numpy.zeros(frame.shape[:2], numpy.uint8)
     if right <= left or bottom <= top:
         return frame, mask
     size = (right - left, bottom - top)
@@ -235,38 +253,38 @@ def paste_in_box(frame, face, rgba, parser, *, face_crop_scale=1.5, dilation=10,
     scale_x, scale_y = 512 / size[0], 512 / size[1]
     x1, y1, x2, y2 = face.box
     box = (x1 - left) * scale_x, (y1 - top) * scale_y, (x2 - left) * scale_x, (y2 - top) * scale_y
-    is_face = np.isin(parser(target, box), FACE_CLASSES).astype(np.uint8) * 255
+    is_face = numpy.isin(parser(target, box), FACE_CLASSES).astype(numpy.uint8) * 255
     is_face = cv2.dilate(is_face, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (dilation, dilation)))
     is_face = cv2.GaussianBlur(is_face, (feather, feather), 0)
     outline = cv2.resize(is_face, size, interpolation=cv2.INTER_LINEAR)
-    stretched = Image.fromarray(np.ascontiguousarray(rgba)).resize(size, Image.LANCZOS)
+    stretched = Image.fromarray(numpy.ascontiguousarray(rgba)).resize(size, Image.LANCZOS)
     if own_alpha:
-        outline = np.minimum(outline, np.asarray(stretched)[..., 3])
+        outline = numpy.minimum(outline, numpy.asarray(stretched)[..., 3])
     mask[top:bottom, left:right] = outline
 
     pasted = Image.fromarray(frame)
     pasted.paste(stretched.convert("RGB"), (left, top), Image.fromarray(outline))
-    return np.asarray(pasted), mask
+    return numpy.asarray(pasted), mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks and the composite
 
 
-def pad_to_multiple(frame: np.ndarray, multiple: int) -> np.ndarray:
+def pad_to_multiple(frame: numpy.ndarray, multiple: int) -> numpy.ndarray:
     """Repeat the last rows and columns until both sides are multiples; cut off again after generation."""
     height, width = frame.shape[:2]
-    return np.pad(frame, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="edge")
+    return numpy.pad(frame, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="edge")
 
 
-def crop_to_multiple(video: np.ndarray, multiple: int = 16) -> np.ndarray:
+def crop_to_multiple(video: numpy.ndarray, multiple: int = 16) -> numpy.ndarray:
     """Upstream's way instead: the centre of every frame, with sides rounded down. (F, H, W, C)"""
     height, width = (side // multiple * multiple for side in video.shape[1:3])
     top, left = (video.shape[1] - height) // 2, (video.shape[2] - width) // 2
     return video[:, top : top + height, left : left + width]
 
 
-def soften(mask: np.ndarray, radius: int = 12) -> np.ndarray:
+def soften(mask: numpy.ndarray, radius: int = 12) -> numpy.ndarray:
     """Widen a mask (H, W) uint8 by `radius` pixels and give it a soft edge that reaches as far again."""
     import cv2
 
@@ -274,27 +292,29 @@ def soften(mask: np.ndarray, radius: int = 12) -> np.ndarray:
     return cv2.GaussianBlur(cv2.dilate(mask, disc), (2 * radius + 1, 2 * radius + 1), 0)
 
 
-def match_colours(generated: np.ndarray, original: np.ndarray, region: np.ndarray, strength: float = 0.75):
+def match_colours(
+    generated: numpy.ndarray, original: numpy.ndarray, region: numpy.ndarray, strength: float = 0.75
+) -> numpy.ndarray:
     """Bring the mean and spread of a region's L, a and b to the original's, by `strength`. (H, W, 3) uint8."""
     import cv2
 
     if region.sum() < 16:
         return generated
     lab, wanted = (
-        cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for picture in (generated, original)
+        cv2.cvtColor(picture.astype(numpy.float32) / 255, cv2.COLOR_RGB2LAB) for picture in (generated, original)
     )
     mean, spread = lab[region].mean(axis=0), lab[region].std(axis=0)
     wanted_mean, wanted_spread = wanted[region].mean(axis=0), wanted[region].std(axis=0)
     # A flat region has no spread to stretch; more than doubling it would only show noise.
-    gain = np.clip(wanted_spread / np.maximum(spread, 1e-3), 0.5, 2)
+    gain = numpy.clip(wanted_spread / numpy.maximum(spread, 1e-3), 0.5, 2)
     matched = (lab - mean) * gain + wanted_mean
-    mixed = (lab + strength * (matched - lab)).astype(np.float32)
-    return np.rint(np.clip(cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB), 0, 1) * 255).astype(np.uint8)
+    mixed = (lab + strength * (matched - lab)).astype(numpy.float32)
+    return numpy.rint(numpy.clip(cv2.cvtColor(mixed, cv2.COLOR_LAB2RGB), 0, 1) * 255).astype(numpy.uint8)
 
 
-def composite(original: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def composite(original: numpy.ndarray, generated: numpy.ndarray, mask: numpy.ndarray) -> numpy.ndarray:
     """The generated face in the original frame: colours matched, soft at the edge, untouched where the mask is 0."""
-    alpha = mask[..., None].astype(np.float32) / 255
+    alpha = mask[..., None].astype(numpy.float32) / 255
     generated = match_colours(generated, original, mask > 127)
-    mixed = np.rint(original + alpha * (generated.astype(np.float32) - original)).astype(np.uint8)
-    return np.where(mask[..., None] > 0, mixed, original)
+    mixed = numpy.rint(original + alpha * (generated.astype(numpy.float32) - original)).astype(numpy.uint8)
+    return numpy.where(mask[..., None] > 0, mixed, original)

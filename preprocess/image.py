@@ -17,12 +17,18 @@ import os
 import re
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+import numpy
 
 from errors import InputError, ResourceError, UsageError
 from preprocess.output import whole_file
+
+if TYPE_CHECKING:
+    import PIL.Image
+
 
 logger = logging.getLogger("selfsame")
 
@@ -46,7 +52,7 @@ IMPOSTORS = (
 )
 
 
-def read_image(source, argument="image"):
+def read_image(source: "str | os.PathLike | numpy.ndarray | PIL.Image.Image", argument: str = "image") -> numpy.ndarray:
     """A picture as a viewer would show it.
 
     Args:
@@ -80,13 +86,13 @@ def read_image(source, argument="image"):
     return _read(os.path.abspath(source), name, about.st_ino, about.st_mtime_ns, about.st_size).copy()
 
 
-def _is_url(source) -> bool:
+def _is_url(source: "str | os.PathLike | numpy.ndarray | PIL.Image.Image") -> bool:
     return re.match(r"https?://", str(source), re.IGNORECASE) is not None
 
 
 # The model looks at a photo, then the face score does, …: within a run it is fetched and decoded once.
 @functools.lru_cache(maxsize=8)
-def _read(source, name, *stamp):
+def _read(source: "str | os.PathLike | numpy.ndarray | PIL.Image.Image", name: str, *stamp: int) -> numpy.ndarray:
     """The picture in a file or behind a URL. stamp: what changes when the file is written anew."""
     import PIL.Image
 
@@ -111,7 +117,9 @@ def _read(source, name, *stamp):
         raise InputError(f"{name} cannot be decoded: {reason}") from error
 
 
-def write_png(path, picture, *, overwrite=False, text=None):
+def write_png(
+    path: str | Path, picture: numpy.ndarray, *, overwrite: bool = False, text: dict[str, str] | None = None
+) -> None:
     """Write (H, W, 3 or 4) uint8 to `path`: beside it first, then renamed, so that no half file is left.
 
     Args:
@@ -135,14 +143,14 @@ def write_png(path, picture, *, overwrite=False, text=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
-            PIL.Image.fromarray(np.ascontiguousarray(picture)).save(part, format="PNG", pnginfo=chunks)
+            PIL.Image.fromarray(numpy.ascontiguousarray(picture)).save(part, format="PNG", pnginfo=chunks)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"output {str(path)!r}: the disk is full") from error
         raise UsageError(f"output {str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
-def _download(url, name):
+def _download(url: str, name: str) -> bytes:
     """The bytes behind a URL, within `URL_TIMEOUT` and `URL_MAX_BYTES`."""
     import http.client
     import time
@@ -171,7 +179,7 @@ def _download(url, name):
     return b"".join(chunks)
 
 
-def _decode(open_image, name):
+def _decode(open_image: "Callable[[], PIL.Image.Image]", name: str) -> numpy.ndarray:
     """Open with Pillow, refuse bombs before decoding, then decode and bring to 8-bit RGB."""
     import PIL.Image
 
@@ -192,7 +200,7 @@ def _decode(open_image, name):
         raise InputError(f"{name} cannot be decoded: {error}; the file is damaged or cut short") from error
 
 
-def _check_size(width, height, name):
+def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise InputError(
             f"{name} {width}x{height} is {width * height / 1e6:.0f} megapixels, "
@@ -202,7 +210,7 @@ def _check_size(width, height, name):
         raise InputError(f"{name} {width}x{height} is a line, no picture; at most {MAX_ASPECT}:1 is accepted")
 
 
-def _reduction(width, height):
+def _reduction(width: int, height: int) -> int:
     """By which whole number both sides are divided so that `WORK_PIXELS` are left."""
     factor = 1
     while (width // factor) * (height // factor) > WORK_PIXELS:
@@ -210,7 +218,7 @@ def _reduction(width, height):
     return factor
 
 
-def _to_rgb(image, name):
+def _to_rgb(image: "PIL.Image.Image", name: str) -> numpy.ndarray:
     """Any Pillow image -> (H, W, 3) uint8 RGB on white."""
     import PIL.Image
     import PIL.ImageOps
@@ -233,16 +241,16 @@ def _to_rgb(image, name):
     if image.mode == "CMYK":
         image = _cmyk_to_rgb(image)
     elif image.mode.startswith("I;16") or whole_16_bits:
-        image = PIL.Image.fromarray(_to_uint8(np.asarray(image).astype(np.uint16), name))
+        image = PIL.Image.fromarray(_to_uint8(numpy.asarray(image).astype(numpy.uint16), name))
     elif image.mode in ("I", "F"):  # a TIFF of 32 bits or of floats
-        image = PIL.Image.fromarray(_to_uint8(np.asarray(image), name))
+        image = PIL.Image.fromarray(_to_uint8(numpy.asarray(image), name))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return numpy.array(image.convert("RGB"))
 
 
-def _cmyk_to_rgb(image):
+def _cmyk_to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """By the file's own colour profile where it has one: the plain formula makes skin garish."""
     import PIL.ImageCms
 
@@ -256,18 +264,18 @@ def _cmyk_to_rgb(image):
     return image.convert("RGB")
 
 
-def _to_uint8(values, name):
+def _to_uint8(values: numpy.ndarray, name: str) -> numpy.ndarray:
     """Samples of any range -> uint8. 16 bits are 0..65535; 32 bits and floats carry no scale, and what they hold tells
     between the usual ones.
     """
-    if values.dtype == np.uint8:
+    if values.dtype == numpy.uint8:
         return values
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
+    if numpy.issubdtype(values.dtype, numpy.floating):
+        if not numpy.isfinite(values).all():
             raise InputError(f"{name} holds NaN or infinite pixels")
         # Floats carry no scale. A 0..255 picture that stays below 16 would be black, so that much is overshoot of 0..1.
         scale = next((s for s, limit in ((1, 16), (255, 255), (65535, 65535)) if values.max() <= limit), None)
-    elif values.dtype == np.uint16:
+    elif values.dtype == numpy.uint16:
         scale = 65535
     else:  # what wrapped around, from 2^31 on, is negative
         in_range = values.min() >= 0
@@ -275,12 +283,12 @@ def _to_uint8(values, name):
     if scale is None:
         found = f"{values.min():g} to {values.max():g}"
         raise InputError(f"{name} pixel values of {found} have no known scale; save it with 8 or 16 bits")
-    if scale == 1 or values.dtype != np.uint16:
+    if scale == 1 or values.dtype != numpy.uint16:
         logger.info("%s %s pixels read as 0..%d", name, values.dtype, scale)
-    return np.rint(np.clip(values.astype(np.float32) / scale, 0, 1) * 255).astype(np.uint8)
+    return numpy.rint(numpy.clip(values.astype(numpy.float32) / scale, 0, 1) * 255).astype(numpy.uint8)
 
 
-def _decode_tiff(data, name):
+def _decode_tiff(data: bytes, name: str) -> numpy.ndarray:
     """TIFF with several float or 32-bit channels, through OpenCV."""
     width, height = _tiff_size(data, name)
     _check_size(width, height, name)
@@ -289,29 +297,29 @@ def _decode_tiff(data, name):
         raise InputError(f"{name} cannot be decoded: this kind of TIFF is not known; save it as PNG or JPEG")
     values = _to_uint8(_reduced(values, name), name)
     if values.ndim == 2:
-        return np.stack([values] * 3, axis=-1)
-    blue, green, red = (values[..., c].astype(np.float32) for c in range(3))
-    rgb = np.stack([red, green, blue], axis=-1)
+        return numpy.stack([values] * 3, axis=-1)
+    blue, green, red = (values[..., c].astype(numpy.float32) for c in range(3))
+    rgb = numpy.stack([red, green, blue], axis=-1)
     if values.shape[-1] == 4:
-        alpha = values[..., 3:].astype(np.float32) / 255
+        alpha = values[..., 3:].astype(numpy.float32) / 255
         rgb = rgb * alpha + 255 * (1 - alpha)
-    return np.rint(rgb).astype(np.uint8)
+    return numpy.rint(rgb).astype(numpy.uint8)
 
 
-def _opencv_decode(data):
+def _opencv_decode(data: bytes) -> numpy.ndarray | None:
     """Samples as they are stored, blue first; None where OpenCV cannot read them, of which it says nothing here."""
     import cv2
 
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        return cv2.imdecode(numpy.frombuffer(data, numpy.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         return None
     finally:
         cv2.utils.logging.setLogLevel(level)
 
 
-def _reduced(values, name):
+def _reduced(values: numpy.ndarray, name: str) -> numpy.ndarray:
     """What OpenCV decoded, (H, W) or (H, W, C), of any range, as `_to_rgb` reduces what Pillow decodes."""
     import cv2
 
@@ -319,12 +327,12 @@ def _reduced(values, name):
     if (factor := _reduction(width, height)) == 1:
         return values
     logger.warning("%s %dx%d is more than is of use here: scaled down by %d", name, width, height, factor)
-    if values.dtype in (np.uint8, np.uint16, np.float32, np.float64):
+    if values.dtype in (numpy.uint8, numpy.uint16, numpy.float32, numpy.float64):
         return cv2.resize(values, (width // factor, height // factor), interpolation=cv2.INTER_AREA)
     return values[::factor, ::factor]  # 32-bit whole numbers, which OpenCV does not average
 
 
-def _tiff_size(data, name):
+def _tiff_size(data: bytes, name: str) -> tuple[int, int]:
     """Width and height from the first directory of a TIFF file (tags 256 and 257), without decoding it."""
     order = "little" if data[:2] == b"II" else "big"
     start = int.from_bytes(data[4:8], order)
@@ -339,7 +347,7 @@ def _tiff_size(data, name):
     return size[256], size[257]
 
 
-def _decode_high_dynamic_range(data, name):
+def _decode_high_dynamic_range(data: bytes, name: str) -> numpy.ndarray:
     """Radiance .hdr: linear light, clipped at 1.0 and brought to sRGB."""
     size = re.search(rb"[-+]Y (\d+) [-+]X (\d+)\n", data[:4096])
     if not size:
@@ -349,6 +357,6 @@ def _decode_high_dynamic_range(data, name):
     if linear is None:
         raise InputError(f"{name} cannot be decoded: the HDR data is damaged")
     logger.warning("%s is HDR: light above 1.0 is clipped", name)
-    linear = np.clip(np.nan_to_num(_reduced(linear, name)[..., ::-1]), 0, 1)
-    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(srgb * 255).astype(np.uint8)
+    linear = numpy.clip(numpy.nan_to_num(_reduced(linear, name)[..., ::-1]), 0, 1)
+    srgb = numpy.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return numpy.rint(srgb * 255).astype(numpy.uint8)

@@ -9,7 +9,9 @@ Source: InstantID `pipeline_stable_diffusion_xl_instantid.py` (draw_kps), `infer
 
 import math
 
-import numpy as np
+import numpy
+
+from preprocess.face_detection import Box
 
 # The eye at the left of the picture, the other eye, the nose, the mouth's corners.
 COLOURS = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255)
@@ -19,26 +21,34 @@ POINT_RADIUS = 10
 LIMB_HALF_WIDTH = 4
 
 
-def draw_keypoints(keypoints, height, width):
+def draw_keypoints(keypoints: numpy.ndarray, height: int, width: int) -> numpy.ndarray:
     """(5, 2) x, y -> (height, width, 3) uint8 RGB on black: a limb from each point to the nose, then the points."""
     import cv2
 
-    canvas = np.zeros((height, width, 3))
+    canvas = numpy.zeros((height, width, 3))
     for index in (0, 1, 3, 4):
         point, nose = keypoints[index], keypoints[NOSE]
         # Truncated, not rounded, and in this order of sums: the drawing is equal to the authors' pixel by pixel.
-        centre = tuple(int(v) for v in np.mean([point, nose], axis=0))
+        centre = tuple(int(v) for v in numpy.mean([point, nose], axis=0))
         length = math.hypot(point[0] - nose[0], point[1] - nose[1])
         angle = int(math.degrees(math.atan2(point[1] - nose[1], point[0] - nose[0])))
         limb = cv2.ellipse2Poly(centre, (int(length / 2), LIMB_HALF_WIDTH), angle, 0, 360, 1)
         cv2.fillConvexPoly(canvas, limb, COLOURS[index])
-    canvas = (canvas * 0.6).astype(np.uint8)
+    canvas = (canvas * 0.6).astype(numpy.uint8)
     for (x, y), colour in zip(keypoints, COLOURS, strict=True):
         cv2.circle(canvas, (int(x), int(y)), POINT_RADIUS, colour, -1)
     return canvas
 
 
-def resize_picture(picture, *, size=None, max_side=1280, min_side=1024, multiple=64, pad_to_square=False):
+def resize_picture(
+    picture: numpy.ndarray,
+    *,
+    size: tuple[int, int] | None = None,
+    max_side: int = 1280,
+    min_side: int = 1024,
+    multiple: int = 64,
+    pad_to_square: bool = False,
+) -> numpy.ndarray:
     """Scale a photo as InstantID's scripts do: its long side becomes `max_side`, both sides multiples of `multiple`.
 
     It is resampled twice, bilinearly, as theirs is: the keypoints found on it depend on that.
@@ -59,16 +69,25 @@ def resize_picture(picture, *, size=None, max_side=1280, min_side=1024, multiple
         width, height = round(ratio * width), round(ratio * height)
         picture = picture.resize((width, height), PIL.Image.BILINEAR)
         size = width // multiple * multiple, height // multiple * multiple
-    resized = np.array(picture.resize(tuple(size), PIL.Image.BILINEAR))
+    resized = numpy.array(picture.resize(tuple(size), PIL.Image.BILINEAR))
     if not pad_to_square:
         return resized
-    square = np.full((max_side, max_side, 3), 255, np.uint8)
+    square = numpy.full((max_side, max_side, 3), 255, numpy.uint8)
     left, top = (max_side - size[0]) // 2, (max_side - size[1]) // 2
     square[top : top + size[1], left : left + size[0]] = resized
     return square
 
 
-def frame_face(keypoints, box, height, width, *, face_height, centre, roll):
+def frame_face(
+    keypoints: numpy.ndarray,
+    box: Box,
+    height: int,
+    width: int,
+    *,
+    face_height: float,
+    centre: tuple[float, float],
+    roll: float,
+) -> tuple[numpy.ndarray, Box]:
     """Move a face to where it should be in a frame, by turning, scaling and shifting it.
 
     Args:
@@ -81,21 +100,21 @@ def frame_face(keypoints, box, height, width, *, face_height, centre, roll):
     Returns:
         the keypoints and the box in the frame; the box is upright again around the turned one.
     """
-    keypoints = np.asarray(keypoints, np.float64)
+    keypoints = numpy.asarray(keypoints, numpy.float64)
     x1, y1, x2, y2 = box
     across, down = keypoints[1] - keypoints[0]
     turn = math.radians(roll) - math.atan2(down, across)
     scale = face_height * height / (y2 - y1)
-    matrix = scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    target = np.array([centre[0] * width, centre[1] * height])
+    matrix = scale * numpy.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    target = numpy.array([centre[0] * width, centre[1] * height])
     moved = (keypoints - ((x1 + x2) / 2, (y1 + y2) / 2)) @ matrix.T + target
-    half = scale / 2 * np.array([x2 - x1, y2 - y1])
+    half = scale / 2 * numpy.array([x2 - x1, y2 - y1])
     return moved, (*(target - half).tolist(), *(target + half).tolist())
 
 
-def box_mask(box, height, width):
+def box_mask(box: Box, height: int, width: int) -> numpy.ndarray:
     """(height, width) float32: 1 inside the box (truncated to whole pixels), 0 outside."""
     x1, y1, x2, y2 = (int(v) for v in box)
-    mask = np.zeros((height, width), np.float32)
+    mask = numpy.zeros((height, width), numpy.float32)
     mask[max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)] = 1
     return mask

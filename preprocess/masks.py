@@ -17,12 +17,14 @@ import argparse
 import logging
 import re
 import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
+import numpy
 
 from errors import InputError, UsageError, exit_codes
-from preprocess.face_detection import DETECTOR_PATH, load_detector
+from preprocess.face_detection import DETECTOR_PATH, Detector, Face, load_detector
 from preprocess.image import read_image, write_png
 
 logger = logging.getLogger("selfsame")
@@ -34,37 +36,37 @@ UPPER_LIP = (48, 49, 50, 51, 52, 53, 54)
 LOWER_LIP = (48, 59, 58, 57, 56, 55, 54)
 
 
-def face_mask(faces, height, width):
+def face_mask(faces: Sequence[Face], height: int, width: int) -> numpy.ndarray:
     """Boxes filled: (H, W) uint8 of 0 and 255."""
     import cv2
 
-    mask = np.zeros((height, width), np.uint8)
+    mask = numpy.zeros((height, width), numpy.uint8)
     for face in faces:
         left, top, right, bottom = (int(v) for v in face.box)
         cv2.rectangle(mask, (left, top), (right, bottom), 255, cv2.FILLED)  # both corners included
     return mask
 
 
-def lip_mask(faces, height, width):
+def lip_mask(faces: Sequence[Face], height: int, width: int) -> numpy.ndarray:
     """Lips filled, and with them an open mouth: (H, W) uint8 of 0 and 255."""
     lips = [face.landmarks[list(lip)] for face in faces for lip in (UPPER_LIP, LOWER_LIP)]
     return fill_polygons(lips, height, width)
 
 
-def fill_polygons(polygons, height, width):
+def fill_polygons(polygons: Iterable[numpy.ndarray], height: int, width: int) -> numpy.ndarray:
     """Each polygon, (N, 2) of x and y in pixels, with its border; the fractions of coordinates are cut off."""
     import cv2
 
-    mask = np.zeros((height, width), np.uint8)
+    mask = numpy.zeros((height, width), numpy.uint8)
     for polygon in polygons:
-        cv2.fillPoly(mask, [np.asarray(polygon).astype(np.int32)], 255)
+        cv2.fillPoly(mask, [numpy.asarray(polygon).astype(numpy.int32)], 255)
     return mask
 
 
 MASKS = {"face": face_mask, "lip": lip_mask}
 
 
-def find_clips(root):
+def find_clips(root: str | Path) -> list[Path]:
     """The clip folders that a folder holds, at any depth, or that a text file lists.
 
     Raises:
@@ -95,7 +97,7 @@ def find_clips(root):
     return list(dict.fromkeys(clips))
 
 
-def find_frames(clip):
+def find_frames(clip: Path) -> list[Path]:
     """Pictures of a clip in the order of the number in their names.
 
     Raises:
@@ -114,7 +116,7 @@ def find_frames(clip):
     return [frames[number] for number in sorted(frames)]
 
 
-def missing_masks(clips, kinds):
+def missing_masks(clips: Iterable[Path], kinds: Sequence[str]) -> tuple[list[tuple[Path, dict[str, Path]]], int]:
     """(frame, {kind: path of its mask}) for every frame that lacks masks; and how many masks there are already."""
     work, found = [], 0
     for clip in clips:
@@ -127,7 +129,7 @@ def missing_masks(clips, kinds):
     return work, found
 
 
-def make_masks(work, detector):
+def make_masks(work: Sequence[tuple[Path, dict[str, Path]]], detector: Detector) -> None:
     """Write the masks of `missing_masks`, each beside first, then renamed.
 
     Returns:
@@ -150,7 +152,7 @@ def make_masks(work, detector):
     return without_face, unreadable
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preprocess.masks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,7 +164,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
+def main(args: Namespace) -> None:
     if not Path(args.dataset).exists():
         raise InputError(f"DATASET {args.dataset}: no such folder or file")
     clips = find_clips(args.dataset)

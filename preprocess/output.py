@@ -192,7 +192,7 @@ def is_leftover(path: Path) -> bool:
     return record is not None and record.get("made_by") == "Selfsame"
 
 
-def prepare_folder(folder: Path, shown: str):
+def prepare_folder(folder: Path, shown: str) -> None:
     """Create the folder and try to write in it, which is the only test that holds for every user and file system."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def free_disk_or_error(path: str | os.PathLike, needed_bytes: int) -> None:
         )
 
 
-def cannot_write(path: Path, error: OSError):
+def cannot_write(path: Path, error: OSError) -> ResourceError:
     return ResourceError(f"cannot write {path}: {error.strerror or error}; no half-written video was left behind")
 
 

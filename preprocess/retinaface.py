@@ -9,11 +9,12 @@ strictly.
 """
 
 import math
+from pathlib import Path
 
-import numpy as np
+import numpy
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from preprocess.face_detection import Face
 from preprocess.face_parsing import load_network
@@ -42,7 +43,7 @@ class RetinaFace(nn.Module):
             nn.ModuleList(Head(256, values, len(sizes)) for sizes in ANCHOR_SIZES) for values in (2, 4, 10)
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         features = self.fpn(self.body(x))
         features = [ssh(feature) for ssh, feature in zip((self.ssh1, self.ssh2, self.ssh3), features, strict=True)]
         boxes, scores, landmarks = (
@@ -65,20 +66,20 @@ class ResNet50(nn.Module):
         self.layer3 = stage(512, 256, blocks=6, stride=2)
         self.layer4 = stage(1024, 512, blocks=3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         feature8 = self.layer2(self.layer1(x))
         feature16 = self.layer3(feature8)
         return feature8, feature16, self.layer4(feature16)
 
 
-def stage(in_channels, channels, blocks, stride):
+def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = Bottleneck(in_channels, channels, stride)
     return nn.Sequential(first, *(Bottleneck(4 * channels, channels) for _ in range(blocks - 1)))
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, in_channels, channels, stride=1):
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -92,7 +93,7 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_channels, 4 * channels, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * channels)
             )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -102,12 +103,12 @@ class Bottleneck(nn.Module):
 class FeaturePyramid(nn.Module):
     """What the coarse features know, added to the finer ones."""
 
-    def __init__(self, in_channels, channels):
+    def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.output1, self.output2, self.output3 = (conv_bn(c, channels, 1, relu=True) for c in in_channels)
         self.merge1, self.merge2 = (conv_bn(channels, channels, 3, relu=True) for _ in range(2))
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         feature8, feature16, feature32 = features
         out32 = self.output3(feature32)
         out16 = self.output2(feature16)
@@ -120,7 +121,7 @@ class FeaturePyramid(nn.Module):
 class ContextModule(nn.Module):
     """SSH's: surroundings of 3, 5 and 7 cells, by stacked 3x3 convolutions. (facexlib's spelling, x and X.)"""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv3X3 = conv_bn(channels, channels // 2, 3)  # noqa: N815
         self.conv5X5_1 = conv_bn(channels, channels // 4, 3, relu=True)
@@ -128,12 +129,12 @@ class ContextModule(nn.Module):
         self.conv7X7_2 = conv_bn(channels // 4, channels // 4, 3, relu=True)
         self.conv7x7_3 = conv_bn(channels // 4, channels // 4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         inner = self.conv5X5_1(x)
         return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(inner), self.conv7x7_3(self.conv7X7_2(inner))], dim=1))
 
 
-def conv_bn(in_channels, channels, kernel_size, relu=False):
+def conv_bn(in_channels: int, channels: int, kernel_size: int, relu: bool = False) -> nn.Sequential:
     layers = [
         nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(channels),
@@ -144,30 +145,30 @@ def conv_bn(in_channels, channels, kernel_size, relu=False):
 class Head(nn.Module):
     """`values` numbers for each of the anchors of each cell."""
 
-    def __init__(self, channels, values, num_anchors):
+    def __init__(self, channels: int, values: int, num_anchors: int):
         super().__init__()
         self.values = values
         self.conv1x1 = nn.Conv2d(channels, values * num_anchors, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv1x1(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.values)  # (B, h·w·anchors, values)
 
 
-def anchors(height, width):
+def anchors(height: int, width: int) -> Tensor:
     """Centre and size of every anchor of a picture, as shares of its width and height: (A, 4) x, y, w, h."""
     rows = []
     for stride, sizes in zip(STRIDES, ANCHOR_SIZES, strict=True):
-        y, x, size = np.meshgrid(
-            (np.arange(math.ceil(height / stride)) + 0.5) * stride,
-            (np.arange(math.ceil(width / stride)) + 0.5) * stride,
+        y, x, size = numpy.meshgrid(
+            (numpy.arange(math.ceil(height / stride)) + 0.5) * stride,
+            (numpy.arange(math.ceil(width / stride)) + 0.5) * stride,
             sizes,
             indexing="ij",
         )
-        rows.append(np.stack([x / width, y / height, size / width, size / height], axis=-1).reshape(-1, 4))
-    return torch.from_numpy(np.concatenate(rows)).float()
+        rows.append(numpy.stack([x / width, y / height, size / width, size / height], axis=-1).reshape(-1, 4))
+    return torch.from_numpy(numpy.concatenate(rows)).float()
 
 
-def decode(boxes, landmarks, height, width):
+def decode(boxes: Tensor, landmarks: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Offsets from anchors (A, 4), (A, 10) -> pixels: (A, 4) x1, y1, x2, y2 and (A, 10) five times x, y."""
     prior = anchors(height, width).to(boxes.device)
     center, size = prior[:, :2], prior[:, 2:]
@@ -178,16 +179,16 @@ def decode(boxes, landmarks, height, width):
     return torch.cat([centers - half, centers + half], dim=1) * scale.repeat(2), (points * scale).flatten(1)
 
 
-def apart(boxes, max_overlap):
+def non_maximum_suppression(boxes: numpy.ndarray, max_overlap: float) -> list[int]:
     """Greedy non-maximum suppression: indices of the boxes (N, 4), best first, that overlap no better one by more."""
     kept = []
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    left = np.arange(len(boxes))
+    left = numpy.arange(len(boxes))
     while len(left):
         best, left = left[0], left[1:]
         kept.append(best)
-        corner1 = np.maximum(boxes[best, :2], boxes[left, :2])
-        corner2 = np.minimum(boxes[best, 2:], boxes[left, 2:])
+        corner1 = numpy.maximum(boxes[best, :2], boxes[left, :2])
+        corner2 = numpy.minimum(boxes[best, 2:], boxes[left, 2:])
         common = (corner2 - corner1).clip(min=0).prod(axis=1)
         left = left[common / (area[best] + area[left] - common) <= max_overlap]
     return kept
@@ -196,13 +197,15 @@ def apart(boxes, max_overlap):
 class RetinaFaceDetector:
     """The network with its rules: (H, W, 3) uint8 RGB -> list of `Face`, best first."""
 
-    def __init__(self, model, device="cpu", min_score=MIN_SCORE, max_overlap=MAX_OVERLAP):
+    def __init__(
+        self, model: "RetinaFace", device: str = "cpu", min_score: float = MIN_SCORE, max_overlap: float = MAX_OVERLAP
+    ):
         self.model, self.device = model.to(device), device
         self.min_score, self.max_overlap = min_score, max_overlap
 
     @torch.inference_mode()
-    def __call__(self, image):
-        bgr = torch.from_numpy(image[..., ::-1].astype(np.float32)) - torch.tensor(MEAN_BGR)
+    def __call__(self, image: numpy.ndarray) -> list[Face]:
+        bgr = torch.from_numpy(image[..., ::-1].astype(numpy.float32)) - torch.tensor(MEAN_BGR)
         boxes, scores, landmarks = self.model(bgr.permute(2, 0, 1)[None].to(self.device))
         boxes, landmarks = decode(boxes[0], landmarks[0], *image.shape[:2])
         scores = scores[0, :, 1]
@@ -211,11 +214,11 @@ class RetinaFaceDetector:
         boxes, scores, landmarks = (values[best].cpu().numpy() for values in (boxes, scores, landmarks))
         return [
             Face(tuple(boxes[i].tolist()), float(scores[i]), landmarks[i].reshape(5, 2))
-            for i in apart(boxes, self.max_overlap)
+            for i in non_maximum_suppression(boxes, self.max_overlap)
         ]
 
 
-def load_retinaface(path, device="cpu", refetch=""):
+def load_retinaface(path: str | Path, device: str = "cpu", refetch: str = "") -> "RetinaFaceDetector":
     """The detector with the weights of `detection_Resnet50_Final.pth`.
 
     Raises:

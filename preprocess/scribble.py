@@ -8,23 +8,24 @@ shapes, loading, sizes that are no multiple of 4; the released file itself was n
 """
 
 import pickle
+from pathlib import Path
 
-import numpy as np
+import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import WeightsError
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv_block = nn.Sequential(
             *(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels), nn.ReLU()),
             *(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels)),
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_block(x)
 
 
@@ -35,13 +36,13 @@ class LineDrawing(nn.Module):
         channels: of the first layer; 64 in the released file, with 3 residual blocks.
     """
 
-    def __init__(self, channels=64, num_blocks=3):
+    def __init__(self, channels: int = 64, num_blocks: int = 3):
         super().__init__()
 
-        def down(width):
+        def down(width: int) -> list[nn.Module]:
             return nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.InstanceNorm2d(2 * width), nn.ReLU()
 
-        def up(width):
+        def up(width: int) -> list[nn.Module]:
             convolution = nn.ConvTranspose2d(width, width // 2, 3, stride=2, padding=1, output_padding=1)
             return convolution, nn.InstanceNorm2d(width // 2), nn.ReLU()
 
@@ -53,7 +54,7 @@ class LineDrawing(nn.Module):
         self.model3 = nn.Sequential(*up(4 * channels), *up(2 * channels))
         self.model4 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(channels, 1, 7), nn.Sigmoid())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.model4(self.model3(self.model2(self.model1(self.model0(x)))))
 
 
@@ -64,7 +65,7 @@ class ScribbleDrawer:
         WeightsError: the file is damaged, holds code, or is another network's.
     """
 
-    def __init__(self, path, device="cpu"):
+    def __init__(self, path: str | Path, device: str = "cpu"):
         refetch = "fetch it again: python download_models.py --only vace-annotators"
         try:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,9 +85,9 @@ class ScribbleDrawer:
         self.device = device
 
     @torch.inference_mode()
-    def __call__(self, frame):
+    def __call__(self, frame: numpy.ndarray) -> numpy.ndarray:
         height, width = frame.shape[:2]
-        padded = np.pad(frame, ((0, -height % 4), (0, -width % 4), (0, 0)), mode="edge")
+        padded = numpy.pad(frame, ((0, -height % 4), (0, -width % 4), (0, 0)), mode="edge")
         pixels = torch.from_numpy(padded).to(self.device).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
         lines = (self.model(pixels)[0, 0, :height, :width] * 255).clamp(0, 255)
-        return np.repeat(lines.cpu().numpy().astype(np.uint8)[..., None], 3, axis=-1)
+        return numpy.repeat(lines.cpu().numpy().astype(numpy.uint8)[..., None], 3, axis=-1)

@@ -17,7 +17,7 @@ MARK = "Selfsame"
 TABLE = b"clip\tstart\tframes"  # how a drift report begins
 
 
-def side_files(settings, output: Path) -> Iterator[Path]:
+def side_files(settings: object, output: Path) -> Iterator[Path]:
     """What a run will put beside this output."""
     photos = getattr(settings, "stand_in_photos", settings.ip_image if output.suffix == ".mp4" else ())
     suffixes = [f".face{number}.png" for number in range(len(photos))]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
+import numpy
 
 from errors import InputError
 from preprocess.ffmpeg import (
@@ -56,14 +56,14 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     return measure(path)[0]
 
 
-def measure(path: str | os.PathLike) -> tuple[VideoInfo, np.ndarray]:
+def measure(path: str | os.PathLike) -> tuple[VideoInfo, numpy.ndarray]:
     """What a video is, and how often each stored frame is shown at its mean rate (`constant_rate`)."""
     about = readable_file(path).stat()
     return measure_version(os.fspath(path), about.st_mtime_ns, about.st_size)
 
 
 @functools.lru_cache(maxsize=16)
-def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, np.ndarray]:
+def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, numpy.ndarray]:
     """`measure`, once for each version of a file."""
     streams = probe_streams(path)
     if streams.video is None:
@@ -100,16 +100,16 @@ def measure_version(path: str, mtime_ns: int, size: int) -> tuple[VideoInfo, np.
     return info, constant_rate([float(time) for time in times], fps)
 
 
-def read_frames(path: str | os.PathLike) -> np.ndarray:
+def read_frames(path: str | os.PathLike) -> numpy.ndarray:
     """A whole video in memory, (F, H, W, 3) uint8 RGB; see `stream_frames`."""
     info = probe(path)
-    frames = np.empty((info.num_frames, info.height, info.width, 3), np.uint8)
+    frames = numpy.empty((info.num_frames, info.height, info.width, 3), numpy.uint8)
     for i, frame in enumerate(stream_frames(path)):
         frames[i] = frame
     return frames
 
 
-def stream_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
+def stream_frames(path: str | os.PathLike) -> Iterator[numpy.ndarray]:
     """The frames of a video one by one, (H, W, 3) uint8 RGB: `num_frames` of them at `fps`, as `probe` says.
 
     From a progressive SDR video of a constant rate every stored frame comes once, just as decoded. Others are
@@ -145,7 +145,7 @@ def stream_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
             if len(data) < frame_bytes:
                 break
             for _ in range(times):
-                yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
+                yield numpy.frombuffer(data, numpy.uint8).reshape(info.height, info.width, 3)
         else:
             data = process.stdout.read(1)  # nothing may be left
             if process.wait() == 0 and not data:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import numpy
 
 HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}  # transfer functions, ffmpeg's name -> the usual one
 WIDE = ("bt2020", "smpte432")  # primaries: BT.2020, Display P3
@@ -107,7 +107,7 @@ def colour_filters(format: StreamFormat) -> list[str]:
     ]
 
 
-def constant_rate(times: Sequence[float], fps: float) -> np.ndarray:
+def constant_rate(times: Sequence[float], fps: float) -> numpy.ndarray:
     """How often each stored frame is shown when a video goes on at a constant rate: (F,) int, of sum F.
 
     Every frame of the result shows what the video shows at the middle of its time. So the frames stay what they are
@@ -118,8 +118,8 @@ def constant_rate(times: Sequence[float], fps: float) -> np.ndarray:
         times: when each frame appears, in seconds; the first is where the video starts.
         fps: the mean rate, frames / duration.
     """
-    places = (np.maximum.accumulate(times) - times[0]) * fps  # where each frame is, in frames
-    middles = np.arange(len(places)) + 0.5
+    places = (numpy.maximum.accumulate(times) - times[0]) * fps  # where each frame is, in frames
+    middles = numpy.arange(len(places)) + 0.5
     # The margin is for rounded times: a frame that is due at the middle belongs to the next place.
-    shown = np.searchsorted(places, middles - 1e-6, side="right") - 1  # (F,) the stored frame at each place
-    return np.bincount(shown, minlength=len(places))
+    shown = numpy.searchsorted(places, middles - 1e-6, side="right") - 1  # (F,) the stored frame at each place
+    return numpy.bincount(shown, minlength=len(places))

@@ -20,14 +20,19 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
+import numpy
 
 from errors import InputError, ResourceError, UsageError
 from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, reasons, run_ffmpeg
 from preprocess.output import cannot_write, create_empty, part_of, put_in_place, readable_bytes, write_new
 from preprocess.record import read_metadata, sidecar_path, to_json, without_folders
 from preprocess.video import probe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -105,7 +110,7 @@ class VideoWriter:
         self.sidecar, self.sidecar_part = sidecar_path(self.path), part_of(self.path, "json")
         self.comment, self.list = part_of(self.path, "ffmetadata"), part_of(self.path, "ffconcat")
 
-    def __enter__(self):
+    def __enter__(self) -> "VideoWriter":
         self._resources = contextlib.ExitStack()
         try:
             self._lock()
@@ -146,7 +151,7 @@ class VideoWriter:
                     return
             # Another run has just finished and given it its name; what was locked is that run's video.
 
-    def _refuse_part(self, what: str):
+    def _refuse_part(self, what: str) -> NoReturn:
         raise UsageError(f"--output {self.path}: {self.part.name} beside it is {what}, not ours; remove it")
 
     def describe(self, metadata: dict) -> None:
@@ -155,7 +160,7 @@ class VideoWriter:
         to_json(metadata)  # a bad value fails here
         self.metadata = metadata
 
-    def write(self, frames) -> None:
+    def write(self, frames: "numpy.ndarray | Tensor") -> None:
         """Append frames; all calls must agree in size.
 
         Args:
@@ -173,12 +178,12 @@ class VideoWriter:
                 )
         if (height, width) != self._given_size:
             raise ValueError(f"frames of {width}x{height} in a video of {self._given_size[1]}x{self._given_size[0]}")
-        frames = np.pad(frames, ((0, 0), (0, self.height - height), (0, self.width - width), (0, 0)), mode="edge")
+        frames = numpy.pad(frames, ((0, 0), (0, self.height - height), (0, self.width - width), (0, 0)), mode="edge")
         try:
             if self._ffmpeg is None:
                 self._start_ffmpeg()
             for frame in frames:
-                self._ffmpeg.stdin.write(np.ascontiguousarray(frame).data)
+                self._ffmpeg.stdin.write(numpy.ascontiguousarray(frame).data)
         except BrokenPipeError:  # it is dead; the reason is in its stderr
             self._ffmpeg.wait()
             raise self._ffmpeg_error() from None
@@ -212,7 +217,12 @@ class VideoWriter:
         info = probe(self.part)
         self.num_frames, self.width, self.height = info.num_frames, info.width, info.height
 
-    def __exit__(self, exception_type, exception, traceback):
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         done = False
         try:
             if exception_type is None:
@@ -225,7 +235,7 @@ class VideoWriter:
                 self._discard()
             self._resources.close()  # gives up the lock
 
-    def _start_ffmpeg(self):
+    def _start_ffmpeg(self) -> None:
         inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", str(self.fps)]
         comment, comment_outputs = self._comment()
         inputs += ["-i", "pipe:0", *comment]
@@ -256,7 +266,7 @@ class VideoWriter:
             raise cannot_write(self.path, error) from None
         return ["-f", "ffmetadata", "-i", ffmpeg_url(self.comment)], ["-map_metadata", "1", "-map_chapters", "-1"]
 
-    def _finish(self):
+    def _finish(self) -> None:
         if not self.num_frames:
             raise ValueError(f"no frames were written to {self.path}")
         if self._ffmpeg is not None:
@@ -287,7 +297,7 @@ class VideoWriter:
             raise self._ffmpeg_error(result)
         return self.sound_part
 
-    def _discard(self):
+    def _discard(self) -> None:
         if self._ffmpeg is not None:
             self._ffmpeg.kill()
             with contextlib.suppress(OSError):  # what is still buffered has nowhere to go
@@ -299,7 +309,7 @@ class VideoWriter:
         for part in (self.sound_part, self.sidecar_part, self.comment, self.list, self.part):  # the locked one last
             part.unlink(missing_ok=True)
 
-    def _ffmpeg_error(self, result: subprocess.CompletedProcess | None = None):
+    def _ffmpeg_error(self, result: subprocess.CompletedProcess | None = None) -> ResourceError:
         """The error of a finished process, or of the one that frames were written to."""
         if result is None:
             self._stderr.seek(0)
@@ -319,7 +329,7 @@ def write_video(path: str | os.PathLike, chunks: Iterable, **settings) -> None:
             video.write(frames)
 
 
-def frames_to_uint8(frames) -> np.ndarray:
+def frames_to_uint8(frames: "numpy.ndarray | Tensor") -> numpy.ndarray:
     """Frames as 8-bit RGB, (F, H, W, 3).
 
     Integers pass through. Floats, (1, 3, F, H, W) in [-1, 1], become round((x + 1) * 127.5), computed in float32, half
@@ -330,19 +340,19 @@ def frames_to_uint8(frames) -> np.ndarray:
         ValueError: another shape or dtype, or a batch of several videos.
     """
     if "uint8" in str(frames.dtype):
-        frames = np.asarray(frames if isinstance(frames, np.ndarray) else frames.cpu())
+        frames = numpy.asarray(frames if isinstance(frames, numpy.ndarray) else frames.cpu())
         if frames.ndim != 4 or frames.shape[3] != 3:
             raise ValueError(f"uint8 frames must be (F, H, W, 3), not {tuple(frames.shape)}")
         return frames
     if "float" not in str(frames.dtype) or len(frames.shape) != 5 or frames.shape[:2] != (1, 3):
         raise ValueError(f"float frames must be (1, 3, F, H, W), not {tuple(frames.shape)} {frames.dtype}")
-    if not isinstance(frames, np.ndarray):
+    if not isinstance(frames, numpy.ndarray):
         frames = frames.detach().float().cpu().numpy()  # NumPy has no bfloat16
-    frames = frames[0].transpose(1, 2, 3, 0).astype(np.float32)  # (F, H, W, 3)
-    if np.isnan(frames).any():
+    frames = frames[0].transpose(1, 2, 3, 0).astype(numpy.float32)  # (F, H, W, 3)
+    if numpy.isnan(frames).any():
         logger.warning("the model produced NaN pixels; they are written as black")
-        frames = np.nan_to_num(frames, nan=-1.0)
-    return np.rint((frames.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+        frames = numpy.nan_to_num(frames, nan=-1.0)
+    return numpy.rint((frames.clip(-1, 1) + 1) * numpy.float32(127.5)).astype(numpy.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +398,7 @@ def add_metadata(path: Path, further: dict) -> None:
 def same_encoding(path: str | os.PathLike, other: str | os.PathLike) -> bool:
     """Whether two videos have one codec, size, clock and header, so that `VideoWriter.join` can put them together."""
 
-    def header(file) -> list[str]:
+    def header(file: str | Path) -> list[str]:
         result = run_ffmpeg(*media_input(file), "-map", "0:V:0", "-c", "copy", "-f", "framehash", "pipe:1")
         names = ("#extradata", "#codec_id", "#dimensions", "#tb")
         return [line for line in result.stdout.decode().splitlines() if line.startswith(names)]

@@ -11,7 +11,7 @@ here.
 
 from pathlib import Path
 
-import numpy as np
+import numpy
 import torch
 
 from configs import download_command, load_config, part_path
@@ -22,7 +22,7 @@ RUMBLE_BINS = 3  # the lowest frequencies, under 17 Hz, are not given to the net
 OVERLAP = 0.25  # share of a section that it has in common with the next
 
 
-def load_separator(path=None):
+def load_separator(path: str | Path | None = None) -> "VocalSeparator":
     """The separator of configs/kim-vocal-2.yaml.
 
     Args:
@@ -48,7 +48,7 @@ class VocalSeparator:
         compensate: what the network's output is multiplied with.
     """
 
-    def __init__(self, path, *, n_fft, hop_length, compensate):
+    def __init__(self, path: str | Path, *, n_fft: int, hop_length: int, compensate: float):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -73,22 +73,24 @@ class VocalSeparator:
         self.section = hop_length * (self.num_frames - 1)  # samples, of which the transform makes num_frames
         self.overlap = int(self.section * OVERLAP)
 
-    def __call__(self, mixture):
+    def __call__(self, mixture: numpy.ndarray) -> numpy.ndarray:
         """Section by section; where two overlap, one fades out as the other fades in."""
         from tqdm import tqdm
 
         length, step = len(mixture), self.section - self.overlap
         starts = range(-self.overlap, length, step)  # the first and last fades lie outside
-        fade = (np.arange(self.overlap, dtype=np.float32) + 0.5) / self.overlap
-        weight = np.concatenate([fade, np.ones(self.section - 2 * self.overlap, np.float32), fade[::-1]])[:, None]
-        padded = np.pad(mixture.astype(np.float32), ((self.overlap, self.section), (0, 0)))
-        vocals = np.zeros_like(padded)
+        fade = (numpy.arange(self.overlap, dtype=numpy.float32) + 0.5) / self.overlap
+        weight = numpy.concatenate([fade, numpy.ones(self.section - 2 * self.overlap, numpy.float32), fade[::-1]])[
+            :, None
+        ]
+        padded = numpy.pad(mixture.astype(numpy.float32), ((self.overlap, self.section), (0, 0)))
+        vocals = numpy.zeros_like(padded)
         for start in tqdm(starts, desc="separate", unit="section", disable=None):
             place = slice(start + self.overlap, start + self.overlap + self.section)
             vocals[place] += weight * self._separate(padded[place])
         return vocals[self.overlap : self.overlap + length]
 
-    def _separate(self, section):
+    def _separate(self, section: numpy.ndarray) -> numpy.ndarray:
         """One section, (section, 2) -> the same shape."""
         window = torch.hann_window(self.n_fft)
         sound = torch.from_numpy(section.T.copy())  # (2, section)

@@ -13,13 +13,20 @@ from preprocess.face_alignment import (
     align_face,
     grey,
     limit_size,
-    similarity,
+    similarity_transform,
     to_uint8,
     white_background,
 )
 from preprocess.face_detection import Face, load_recogniser
-from preprocess.face_paste import overlap
-from preprocess.retinaface import RetinaFace, RetinaFaceDetector, anchors, apart, decode, load_retinaface
+from preprocess.face_paste import intersection_over_union
+from preprocess.retinaface import (
+    RetinaFace,
+    RetinaFaceDetector,
+    anchors,
+    decode,
+    load_retinaface,
+    non_maximum_suppression,
+)
 from tests.tiny_consis_id import randomise
 from tests.tiny_face import write_antelopev2
 
@@ -119,9 +126,9 @@ def test_a_face_without_a_detection_is_recognised_by_its_points(tmp_path):
 
 
 def test_overlap():
-    assert overlap((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert intersection_over_union((0, 0, 2, 2), (0, 0, 2, 2)) == 1
+    assert intersection_over_union((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert intersection_over_union((0, 0, 1, 1), (2, 2, 3, 3)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
@@ -132,7 +139,7 @@ def test_points_come_to_lie_on_the_template():
     angle = np.radians(20)
     turn = 0.5 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = TEMPLATE @ turn.T + (70, 30)
-    matrix = similarity(points.astype(np.float32))
+    matrix = similarity_transform(points.astype(np.float32))
     np.testing.assert_allclose(points @ matrix[:, :2].T + matrix[:, 2], TEMPLATE, atol=1e-2)
 
 
@@ -189,9 +196,9 @@ def test_offsets_of_zero_are_the_anchor():
 
 def test_of_overlapping_boxes_the_best_stays():
     boxes = np.array([(0, 0, 10, 10), (1, 1, 11, 11), (20, 20, 30, 30), (0, 0, 10, 4)], np.float32)
-    assert apart(boxes, 0.4) == [0, 2, 3]  # the last covers four tenths, not more
-    assert apart(boxes, 0.3) == [0, 2]
-    assert apart(boxes[:0], 0.4) == []
+    assert non_maximum_suppression(boxes, 0.4) == [0, 2, 3]  # the last covers four tenths, not more
+    assert non_maximum_suppression(boxes, 0.3) == [0, 2]
+    assert non_maximum_suppression(boxes[:0], 0.4) == []
 
 
 def test_detector_reports_faces_best_first(tmp_path):

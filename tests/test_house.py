@@ -112,3 +112,16 @@ def test_a_refusal_loads_no_torch(script):
     code += f"print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("folder", ["metrics", "preprocess"])
+def test_everything_public_is_annotated(folder):
+    lacking = []
+    for module, tree in modules():
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in functions if is_part_of(module, folder) else ():
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            given = all(argument.annotation for argument in arguments if argument.arg not in ("self", "cls"))
+            if not node.name.startswith("_") and not (given and node.returns):
+                lacking.append(f"{module}.{node.name}")
+    assert lacking == []

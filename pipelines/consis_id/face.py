@@ -22,9 +22,9 @@ from models.wan.image_encoder import CLIP_MEAN, CLIP_STD
 from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.weights import WeightsFile, face_files
 from preprocess.face import choose_face, load_parser
-from preprocess.face_alignment import align_face, grey, limit_size, similarity, to_uint8, white_background
+from preprocess.face_alignment import align_face, grey, limit_size, similarity_transform, to_uint8, white_background
 from preprocess.face_detection import load_recogniser, recogniser_is_there
-from preprocess.face_paste import overlap
+from preprocess.face_paste import intersection_over_union
 from preprocess.image import read_image
 from preprocess.retinaface import load_retinaface
 
@@ -144,8 +144,8 @@ def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> 
         return ChosenFace(recogniser.embed(image, face.keypoints), face.keypoints, face.keypoints, face.box)
 
     face = choose_face(faces, face_index, name)
-    same = max(others, key=lambda other: overlap(face.box, other.box), default=None)
-    if same is None or overlap(face.box, same.box) < SAME_FACE:
+    same = max(others, key=lambda other: intersection_over_union(face.box, other.box), default=None)
+    if same is None or intersection_over_union(face.box, same.box) < SAME_FACE:
         if retinaface:
             logger.warning(
                 "RetinaFace sees %s in %s where antelopev2 sees the face at (%s): aligned by antelopev2's points",
@@ -173,7 +173,7 @@ def choose_as_upstream(image, recogniser, retinaface, name: str) -> ChosenFace:
         embedding = recogniser.embed(image, central.keypoints)
         return ChosenFace(embedding, central.keypoints, central.keypoints, central.box)
     largest = choose_face(faces, None, name)
-    if overlap(largest.box, central.box) < SAME_FACE:
+    if intersection_over_union(largest.box, central.box) < SAME_FACE:
         logger.warning("the largest and the most central face of %s differ: two people are mixed", name)
     return ChosenFace(largest.embedding, largest.keypoints, central.keypoints, central.box)
 
@@ -206,7 +206,7 @@ def condition(aligned, face: ChosenFace, parser: Callable, tower: torch.nn.Modul
 def aligned_box(face: ChosenFace) -> tuple[float, float, float, float]:
     """Where the face's box comes to lie in the aligned picture, for a parser that starts from it."""
     x1, y1, x2, y2 = face.box
-    corners = similarity(face.landmarks) @ numpy.array([(x1, x2, x1, x2), (y1, y1, y2, y2), (1, 1, 1, 1)])
+    corners = similarity_transform(face.landmarks) @ numpy.array([(x1, x2, x1, x2), (y1, y1, y2, y2), (1, 1, 1, 1)])
     return *corners.min(axis=1).tolist(), *corners.max(axis=1).tolist()
 
 

@@ -11,7 +11,7 @@ from models.identity.eva_clip import tower_from_tensors
 from models.wan.image_encoder import CLIP_MEAN, CLIP_STD
 from pipelines.consis_id.face import choose_as_upstream, condition
 from pipelines.consis_id.pipeline import make_scheduler
-from preprocess.face_alignment import NOT_FACE, align_face, limit_size, similarity
+from preprocess.face_alignment import NOT_FACE, align_face, limit_size, similarity_transform
 from preprocess.face_detection import Face
 from preprocess.keypoints import draw_keypoints
 from preprocess.retinaface import RetinaFace, RetinaFaceDetector
@@ -96,7 +96,7 @@ def check_face_preprocess(case):
     image = limit_size(read_png(case.folder / "input.png"), config["long_edge"])
     assert np.array_equal(image, read_png(case.folder / "resized_input.png"))
     face = choose_as_upstream(image, networks.recogniser, networks.retinaface, "the case")
-    case.check("affine", similarity(face.landmarks))
+    case.check("affine", similarity_transform(face.landmarks))
     # Made with OpenCV 5; 4.x samples on a grid of 1/32 pixel: up to 1/64 pixel off, of at most 255 levels, on two axes.
     aligned = read_png(case.folder / "aligned_crop.png")
     assert np.abs(align_face(image, face.landmarks).astype(int) - aligned).max() <= 8
