@@ -23,7 +23,7 @@ from models.wan.transformer import WanTransformer
 from pipelines import job_state
 from pipelines.audio_avatar.pipeline import AvatarMaker, AvatarWan, read_reference
 from pipelines.audio_avatar.state import AvatarState, create_on_disk, open_on_disk
-from pipelines.audio_avatar.windows import blend_weights, fuse, latent_length, plan_windows, sound_of
+from pipelines.audio_avatar.windows import blend_weights, fuse, latent_length, sound_of
 from pipelines.distributed import Processes
 from pipelines.tiny import (
     tiny_audio_adapter,
@@ -33,6 +33,7 @@ from pipelines.tiny import (
     tiny_transformer,
     tiny_vae,
 )
+from pipelines.windows import plan_windows
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, read_audio, write_wav
 from preprocess.image import write_png
 from preprocess.record import read_metadata
@@ -98,7 +99,7 @@ def test_windows_cover_every_frame_at_full_length(window, overlap):
         for before, after in pairwise(windows):
             assert after.start > before.start
             assert after.overlap == before.stop - after.start >= overlap
-        legacy = plan_windows(num_latents, window, overlap, "legacy")
+        legacy = plan_windows(num_latents, window, overlap, cut_last=True)
         assert len(legacy) == len(windows)
         assert [w.start for w in legacy[:-1]] == [w.start for w in windows[:-1]]
         assert all(w.overlap == overlap for w in legacy[1:])

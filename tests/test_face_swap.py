@@ -23,11 +23,11 @@ from pipelines.face_swap.pipeline import (
     WindowedExpert,
     frame_groups,
     plan_segments,
-    plan_windows,
     swap_schedule,
 )
 from pipelines.face_swap.settings import make_demo_clip, resolve_face_swap
 from pipelines.job_state import JobState
+from pipelines.windows import plan_windows
 from preprocess.face_detection import Face
 from preprocess.face_paste import (
     align,
@@ -76,7 +76,7 @@ def test_frame_groups_are_the_latent_frames(count):
 
 @pytest.mark.parametrize(("count", "length", "overlap"), [(5, 8, 3), (8, 8, 3), (9, 8, 3), (50, 21, 6), (7, 1, 0)])
 def test_windows_cover_the_stretch_with_overlap(count, length, overlap):
-    windows = plan_windows(slice(10, 10 + count), length, overlap)
+    windows = plan_windows(count, length, overlap, start=10)
     assert {i for w in windows for i in range(w.start, w.stop)} == set(range(10, 10 + count))
     assert {w.stop - w.start for w in windows} == {min(count, length)}
     assert all(b.start <= a.stop - overlap for a, b in zip(windows, windows[1:], strict=False))
@@ -89,7 +89,7 @@ def test_windows_of_a_model_that_looks_at_single_frames_change_nothing():
             return sample.sin()
 
     sample = torch.randn(1, 4, 23, 2, 2, generator=torch.Generator().manual_seed(0))
-    expert = WindowedExpert(FrameByFrame(), plan_windows(slice(0, 23), 6, 2))
+    expert = WindowedExpert(FrameByFrame(), [window.span for window in plan_windows(23, 6, 2)])
     torch.testing.assert_close(expert.velocity(sample, torch.ones(1), 0, 1), sample.sin())
 
 

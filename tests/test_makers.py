@@ -36,7 +36,7 @@ from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.vace import pipeline as vace
 from pipelines.vace.context import noise_with_references, with_known_frames
 from pipelines.vace.pipeline import VaceMaker, WindowWriter, read_control
-from pipelines.vace.settings import Window
+from pipelines.windows import Window
 from preprocess.face import choose_face
 from preprocess.face_detection import Face
 from preprocess.face_paste import largest_face
@@ -256,7 +256,9 @@ def test_velocities_of_overlapping_windows_are_cross_faded():
 def test_windows_of_a_long_stretch_share_a_quarter_of_their_frames(monkeypatch):
     """Seen where the maker plans them."""
     planned = []
-    monkeypatch.setattr(face_swap, "plan_windows", lambda *args: planned.append(args) or [slice(0, 1)])
+    monkeypatch.setattr(
+        face_swap, "plan_windows", lambda *args, **options: planned.append((*args, options)) or [Window(0, 1)]
+    )
     parts = {"bars": ProgressBars(shown=False)}
     monkeypatch.setattr(
         VideoMaker, "__init__", lambda self, wan, *args: vars(self).update(parts, wan=wan, settings=settings)
@@ -271,7 +273,7 @@ def test_windows_of_a_long_stretch_share_a_quarter_of_their_frames(monkeypatch):
     monkeypatch.setattr(face_swap, "swap_schedule", lambda settings: None)
     with pytest.raises(KeyboardInterrupt):
         FaceSwapMaker(wan, {}, video, SimpleNamespace(has_audio=False, start=0.0))
-    assert planned == [(slice(0, 50), 21, 6)]
+    assert planned == [(50, 21, 6, {"start": 0})]
 
 
 def test_a_latent_frames_mask_holds_the_face_of_all_its_frames(monkeypatch):

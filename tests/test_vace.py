@@ -29,8 +29,9 @@ from pipelines.memory import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.vace.pipeline import VaceMaker, VaceWan
-from pipelines.vace.settings import plan_windows, read_mask, resolve_vace_settings, size_within, spread_frames
+from pipelines.vace.settings import read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.wan import Wan
+from pipelines.windows import plan_windows
 from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
 from preprocess.video_writer import write_video
@@ -317,12 +318,12 @@ def test_windows_cover_every_frame(window):
     for overlap in (1, 5):
         for num_frames in range(1, 330, 4):
             windows = plan_windows(num_frames, window, overlap)
-            assert windows[0].start == windows[0].known == 0
+            assert windows[0].start == windows[0].overlap == 0
             assert windows[-1].stop == num_frames
             assert all(w.stop - w.start == min(window, num_frames) for w in windows)
             for before, after in zip(windows, windows[1:], strict=False):
                 assert after.start % 4 == 0
-                assert overlap <= after.known == before.stop - after.start < window
+                assert overlap <= after.overlap == before.stop - after.start < window
 
 
 def test_frames_are_spread_and_sizes_fit():

@@ -28,7 +28,7 @@ from pipelines import tiny
 from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.settings import NOT_USED, AvatarSettings
 from pipelines.audio_avatar.state import AvatarState
-from pipelines.audio_avatar.windows import fuse, latent_length, plan_windows, sound_of
+from pipelines.audio_avatar.windows import fuse, latent_length, sound_of
 from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
 from pipelines.distributed import Processes, shard_weights
@@ -38,6 +38,7 @@ from pipelines.memory import stage
 from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
+from pipelines.windows import plan_windows
 from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
@@ -198,7 +199,9 @@ class AvatarMaker(VideoMaker):
         self.audio_path = settings.audio
         self.timeline = AudioTimeline(len(samples), settings.fps)
         self.num_latents = latent_length(self.timeline.num_latent_frames, settings.window)
-        self.windows = plan_windows(self.num_latents, settings.window, settings.overlap, settings.last_window)
+        self.windows = plan_windows(
+            self.num_latents, settings.window, settings.overlap, cut_last=settings.last_window == "legacy"
+        )
         self.check_step_cache()
         self.hashes = {
             "reference_image": hashlib.sha256(reference.tobytes()).hexdigest(),

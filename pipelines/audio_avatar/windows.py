@@ -1,4 +1,4 @@
-"""Windows over the latents of a long talking video: where each one lies, and how neighbours are fused. No model here.
+"""Windows over the latents of a long talking video: what each one hears, and how neighbours are fused. No model here.
 
 A window is f latent frames, what the network makes at one time; neighbours share o of them. In every denoising step
 each window starts from the same latents, and what it returns is faded into the windows before it.
@@ -8,25 +8,12 @@ Source: StableAvatar (arXiv 2508.08248, dynamic weighted sliding-window strategy
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipelines.windows import Window
 from preprocess.audio import AudioTimeline
-
-
-@dataclass(frozen=True)
-class AvatarWindow:
-    """Latent frames `start` up to `stop`; the first `overlap` of them belong to earlier windows too."""
-
-    start: int
-    stop: int
-    overlap: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
 
 
 def latent_length(num_latents: int, window: int) -> int:
@@ -34,31 +21,8 @@ def latent_length(num_latents: int, window: int) -> int:
     return max(num_latents, window)
 
 
-def plan_windows(num_latents: int, window: int, overlap: int, last_window: str = "full") -> list[AvatarWindow]:
-    """Cover the video.
-
-    Args:
-        num_latents: latent frames of the video, `window` at least.
-        window: latent frames of a window.
-        overlap: latent frames that neighbours share.
-        last_window: "full" moves the last window back until it has its whole length, so that its overlap grows.
-            "legacy" ends it where the video ends, as upstream: the network then stretches a whole window's sound over
-            what is left, and mouths move too slowly.
-    """
-    assert num_latents >= window, "a video shorter than a window is made as one window and cut"
-    assert 1 <= overlap < window
-    windows = [AvatarWindow(0, window, 0)]
-    while (end := windows[-1].stop) < num_latents:
-        start = end - overlap
-        stop = min(start + window, num_latents)
-        if last_window == "full":
-            start = stop - window
-        windows.append(AvatarWindow(start, stop, end - start))
-    return windows
-
-
 def sound_of(
-    window: AvatarWindow, timeline: AudioTimeline, num_latents: int, last_window: str, alignment: str
+    window: Window, timeline: AudioTimeline, num_latents: int, last_window: str, alignment: str
 ) -> tuple[int, int]:
     """(first, end) of the samples that a window hears; where they lie beyond the sound there is silence.
 
@@ -82,7 +46,7 @@ def blend_weights(scheme: str, length: int) -> Tensor:
     return torch.log1p(weights * (math.e - 1)) if scheme == "log" else weights
 
 
-def fuse(target: Tensor, windows: Sequence[AvatarWindow], samples: Iterable[Tensor], scheme: str, blend: bool) -> None:
+def fuse(target: Tensor, windows: Sequence[Window], samples: Iterable[Tensor], scheme: str, blend: bool) -> None:
     """Put the windows' results together: one step's latents, written into `target`.
 
     Args:

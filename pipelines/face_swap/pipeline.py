@@ -32,6 +32,7 @@ from pipelines.face_swap.settings import FaceSwapSettings
 from pipelines.jobs import Job
 from pipelines.text_to_video.pipeline import VideoMaker, cut_face
 from pipelines.wan import Wan
+from pipelines.windows import plan_windows
 from preprocess.face import BiSeNetParser, FaceImage, load_parser
 from preprocess.face_detection import Face, load_detector
 from preprocess.face_paste import (
@@ -104,8 +105,11 @@ class Segment:
     @property
     def latents(self) -> slice:
         """4n+1 frames make n+1 latent frames; the last frame is repeated until the number is right."""
-        count = latent_frames(self.stop - self.start + -(self.stop - self.start - 1) % 4)
-        return slice(self.first_latent, self.first_latent + count)
+        return slice(self.first_latent, self.first_latent + self.num_latents)
+
+    @property
+    def num_latents(self) -> int:
+        return latent_frames(self.stop - self.start + -(self.stop - self.start - 1) % 4)
 
 
 def plan_segments(has_face: Sequence[bool], cuts: Sequence[int] = ()) -> list[Segment]:
@@ -127,19 +131,6 @@ def plan_segments(has_face: Sequence[bool], cuts: Sequence[int] = ()) -> list[Se
 def frame_groups(count: int) -> list[range]:
     """The frames each latent frame stands for: {0}, {1..4}, {5..8}, …; the last may be short."""
     return [range(1), *(range(i, min(i + 4, count)) for i in range(1, count, 4))]
-
-
-def plan_windows(latents: slice, length: int, overlap: int) -> list[slice]:
-    """Windows of one length over a stretch of latent frames, each sharing at least `overlap` with the next.
-
-    A stretch that is not longer than one window is one window.
-    """
-    assert 0 <= overlap < length
-    last = latents.stop - length
-    if last <= latents.start:
-        return [latents]
-    starts = [*range(latents.start, last, length - overlap), last]
-    return [slice(start, start + length) for start in starts]
 
 
 def swap_schedule(settings: FaceSwapSettings) -> Schedule:
@@ -283,9 +274,11 @@ class FaceSwapMaker(VideoMaker):
         self.cell = wan.transformer_config.vae_spatial_factor
         length = latent_frames(self.settings.num_frames)
         self.windows = [
-            window
+            window.span
             for segment in video.segments
-            for window in plan_windows(segment.latents, length, min(length // 4 + 1, length - 1))
+            for window in plan_windows(
+                segment.num_latents, length, min(length // 4 + 1, length - 1), start=segment.first_latent
+            )
         ]
         if len(self.windows) > 1 and self.settings.step_cache != "none":
             raise UsageError(

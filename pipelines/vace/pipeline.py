@@ -36,9 +36,10 @@ from pipelines.vace.context import (
     vace_context,
     with_known_frames,
 )
-from pipelines.vace.settings import VaceSettings, Window, plan_windows, read_mask, spread_frames
+from pipelines.vace.settings import VaceSettings, read_mask, spread_frames
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
+from pipelines.windows import Window, plan_windows
 from preprocess.image import read_image
 from preprocess.video import probe, stream_frames
 from preprocess.video_writer import VideoWriter
@@ -203,7 +204,7 @@ class VaceMaker(VideoMaker):
         metadata = self.metadata(job)
         clips = [
             # Every window has noise of its own: the same would repeat.
-            Clip(number, job.seed + number, job.prompt, window.start, (), None, range(window.known, window.length))
+            Clip(number, job.seed + number, job.prompt, window.start, (), None, range(window.overlap, window.length))
             for number, window in enumerate(self.windows)
         ]
         store, processes = ClipStore(job.output, self.progress(metadata), clips), self.wan.processes
@@ -233,7 +234,7 @@ class VaceMaker(VideoMaker):
         latents = self.denoise(Job(job.prompt, clip.seed, job.output), store.state(clip))
         self.wan.release_transformers()
         if processes.writes:
-            following = self.windows[number + 1].known if number + 1 < len(self.windows) else 0
+            following = self.windows[number + 1].overlap if number + 1 < len(self.windows) else 0
             with VideoWriter(store.path(clip), fps=self.settings.fps, quality=self.settings.quality) as writer:
                 made = WindowWriter(writer, known, following)
                 self.decode(latents, made)

@@ -247,33 +247,3 @@ def spread_frames(num_frames: int, fps: float, most: int) -> tuple[list[int], fl
     times = numpy.linspace(0.0, duration, count)[:, None]
     chosen = numpy.argmax((times >= starts) & (times <= ends), axis=1)
     return chosen.tolist(), float(count / duration)
-
-
-# ----------------------------------------------------------------------------------------------------------- windows
-
-
-@dataclass(frozen=True)
-class Window:
-    """Frames start … stop - 1 of the video, made in one go; the first `known` of them exist from the window before."""
-
-    start: int
-    stop: int
-    known: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-
-def plan_windows(num_frames: int, window: int, overlap: int) -> list[Window]:
-    """Cut a video of 4n+1 frames into windows of 4m+1, each sharing at least `overlap` frames with the one before.
-
-    The last window is as long as the others and overlaps more instead: a short one would be a worse video.
-    """
-    assert num_frames % 4 == 1 and window % 4 == 1 and overlap % 4 == 1 and overlap < window
-    windows = [Window(0, min(window, num_frames), 0)]
-    while windows[-1].stop < num_frames:
-        # Starts are multiples of 4, so that every window has 4n+1 frames and whole latent frames.
-        start = min(windows[-1].stop - overlap, num_frames - window)
-        windows.append(Window(start, start + window, windows[-1].stop - start))
-    return windows

@@ -7,10 +7,11 @@ from models.audio_encoder import audio_encoder_from_tensors
 from models.wan.schedulers import TRAIN_TIMESTEPS, get_schedule, make_solver, shift_sigmas
 from models.wan.slots import Prompt
 from pipelines.audio_avatar.color_match import match_colors
-from pipelines.audio_avatar.windows import AvatarWindow, blend_weights, fuse, plan_windows, sound_of
+from pipelines.audio_avatar.windows import blend_weights, fuse, sound_of
 from pipelines.conditions import cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert
 from pipelines.guidance import NEGATIVE, POSITIVE, UNCONDITIONAL, branch_plugins, branch_prompts, three_branch
+from pipelines.windows import Window, plan_windows
 from preprocess.audio import AudioTimeline, cut_samples
 from tests.golden_checks.audio_adapter import build_avatar
 from training.gradient_limit import gradient_limit
@@ -18,8 +19,8 @@ from training.gradient_limit import gradient_limit
 BRANCHES = (UNCONDITIONAL, NEGATIVE, POSITIVE)  # the rows of upstream's batch
 
 
-def legacy_plan(num_latents: int, clip_length: int, overlap: int) -> list[AvatarWindow]:
-    return plan_windows(num_latents, (clip_length - 1) // 4 + 1, overlap, last_window="legacy")
+def legacy_plan(num_latents: int, clip_length: int, overlap: int) -> list[Window]:
+    return plan_windows(num_latents, (clip_length - 1) // 4 + 1, overlap, cut_last=True)
 
 
 def check_windows(case) -> None:
