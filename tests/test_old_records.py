@@ -1,0 +1,64 @@
+"""The records in tests/records were written by the code before the refactor (`tests.frame_hashes`): --config takes each
+of them back, and what comes of it are the settings that it holds.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import infer
+import infer_audio_avatar
+import infer_face_swap
+import infer_long_video
+import infer_with_lora
+import infer_with_vace
+from pipelines.avatar_settings import resolve_avatar
+from pipelines.consis_id_settings import resolve_consis_id
+from pipelines.control_video import resolve_vace_settings
+from pipelines.face_swap_settings import resolve_face_swap
+from pipelines.image_to_video_settings import resolve_image_to_video
+from pipelines.instant_id_settings import resolve_instant_id
+from pipelines.long_video_settings import resolve_long_video
+from pipelines.lora import resolve_lora_settings
+from tests.frame_hash_cases import CASES, RECORDED, write_inputs
+
+PROJECT = Path(__file__).parent.parent
+RECORDS = PROJECT / "tests" / "records"
+# How a case's name begins -> its script's flags, and what makes settings of them without a model.
+SCRIPTS = {
+    "infer": (infer, resolve_image_to_video),
+    "instantid": (infer, resolve_instant_id),
+    "consisid": (infer, resolve_consis_id),
+    "lora": (infer_with_lora, resolve_lora_settings),
+    "swap": (infer_face_swap, resolve_face_swap),
+    "vace": (infer_with_vace, resolve_vace_settings),
+    "avatar": (infer_audio_avatar, resolve_avatar),
+    "long": (infer_long_video, resolve_long_video),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the paths in the records lead to something."""
+    folder = tmp_path_factory.mktemp("old")
+    write_inputs(folder / "inputs", PROJECT / "assets")
+    (folder / "assets").symlink_to(PROJECT / "assets")
+    return folder
+
+
+def test_two_records_of_every_script_are_kept():
+    assert {file.stem for file in RECORDS.glob("*.json")} - {"frame_hashes"} == RECORDED <= {case[0] for case in CASES}
+    assert {name.split("-")[0] for name in RECORDED} == SCRIPTS.keys()
+    assert all('"/' not in file.read_text(encoding="utf-8") for file in RECORDS.glob("*.json")), "an absolute path"
+
+
+@pytest.mark.parametrize("name", sorted(RECORDED))
+def test_old_record_is_accepted(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    file = RECORDS / f"{name}.json"
+    script, resolve = SCRIPTS[name.split("-")[0]]
+    settings, *_ = resolve(script.parse_args(["--config", str(file)]))
+    recorded = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    resolved = json.loads(json.dumps(settings.as_dict()))
+    assert {key: resolved.get(key) for key in recorded} == recorded
