@@ -13,14 +13,14 @@ import infer_face_swap
 import infer_long_video
 import infer_with_lora
 import infer_with_vace
-from pipelines.avatar_settings import resolve_avatar
-from pipelines.consis_id_settings import resolve_consis_id
-from pipelines.control_video import resolve_vace_settings
-from pipelines.face_swap_settings import resolve_face_swap
-from pipelines.image_to_video_settings import resolve_image_to_video
-from pipelines.instant_id_settings import resolve_instant_id
-from pipelines.long_video_settings import resolve_long_video
-from pipelines.lora import resolve_lora_settings
+from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.consis_id.settings import resolve_consis_id
+from pipelines.face_swap.settings import resolve_face_swap
+from pipelines.instant_id.settings import resolve_instant_id
+from pipelines.long_video.settings import resolve_long_video
+from pipelines.lora_settings import resolve_lora_settings
+from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.vace.settings import resolve_vace_settings
 from tests.frame_hash_cases import CASES, RECORDED, write_inputs
 
 PROJECT = Path(__file__).parent.parent
