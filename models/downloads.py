@@ -173,6 +173,8 @@ def download(file: RemoteFile) -> None:
         ResourceError: the disk is full (the part is kept).
     """
     file.part.parent.mkdir(parents=True, exist_ok=True)
+    if file.part.is_symlink() or (file.part.is_file() and file.part.stat().st_nlink > 1):
+        file.part.unlink()  # what a planted link leads to is not ours to write
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _fetch(file)

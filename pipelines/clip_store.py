@@ -18,6 +18,7 @@ from errors import ResourceError
 from pipelines.clip_plan import Clip
 from pipelines.job_state import JobState, Progress, load_state, save_state
 from pipelines.record import hash_of_file
+from preprocess.output import refuse_planted
 
 logger = logging.getLogger("selfsame")
 
@@ -54,6 +55,7 @@ class ClipStore:
 
     def load(self) -> tuple[int, Tensor | None]:
         """How many clips are finished, and what they hand to the next one; of another run's clips none."""
+        refuse_planted(self.folder)
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
 from pipelines.settings import LikenessSettings, Settings
-from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, resolve_output
+from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, refuse_planted, resolve_output
 from preprocess.record import read_comment, read_record, sidecar_path
 from preprocess.side_file import refuse_foreign, side_files
 
@@ -86,6 +86,8 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
         if not job.standing:
             for path in side_files(settings, job.output):
                 refuse_foreign(path, settings.overwrite)
+            for kind in ("state", "clips"):
+                refuse_planted(job.output.with_name(f".{job.output.stem}.{kind}"))
     free_disk_or_error(output, sum(not job.standing for job in jobs) * estimate_file_bytes(settings, frames))
     return jobs
 

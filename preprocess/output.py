@@ -66,6 +66,17 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def refuse_planted(folder: Path) -> None:
+    """What is saved in a work folder must not go elsewhere, nor be removed there.
+
+    Raises:
+        UsageError: a link, or no folder, lies under its name.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        what = "a link" if folder.is_symlink() else "no folder"
+        raise UsageError(f"{folder} beside the output is {what}, not ours; remove it")
+
+
 def put_in_place(*files: tuple[Path, Path]) -> None:
     """Give finished files their names, (written, place) each; the output comes last: where it is, all is."""
     for written, _ in files:
@@ -178,7 +189,9 @@ def refuse_if_written(path: Path) -> None:
     """
     if fcntl is None:
         return
-    with contextlib.suppress(OSError), open(part_of(path, path.suffix[1:]), "rb") as part:
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # of a pipe nobody writes to, too
+    part = part_of(path, path.suffix[1:])
+    with contextlib.suppress(OSError), open(part, "rb", opener=lambda name, _: os.open(name, flags)) as part:
         try:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the file is closed
         except BlockingIOError:

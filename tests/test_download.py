@@ -419,6 +419,17 @@ def test_a_part_of_another_release_starts_over(hub, tmp_path):
     assert file.path.read_bytes() == LARGE
 
 
+@pytest.mark.parametrize("kind", ["symlink", "link"])
+def test_a_planted_part_is_not_followed(hub, tmp_path, kind):
+    file = remote(hub, tmp_path)
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    file.part.parent.mkdir()
+    getattr(os, kind)(precious, file.part)
+    download(file)
+    assert precious.read_bytes() == b"precious" and file.path.read_bytes() == LARGE
+
+
 def test_disk_full_on_the_way_keeps_the_part(hub, tmp_path, monkeypatch):
     def full(file):
         file.part.write_bytes(b"abc")

@@ -195,6 +195,22 @@ def test_planted_links_are_not_followed(tmp_path, kind):
     assert precious.read_bytes() == b"precious"
 
 
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="links")
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", ["state", "clips"])
+def test_a_planted_work_folder_is_refused_at_once(tmp_path, monkeypatch, script, kind):
+    """What is saved would go into it, and all that is there would be removed with it at the end."""
+    monkeypatch.setattr("pipelines.distributed.start_processes", lambda *args, **options: pytest.fail("too late"))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "00000.mp4").write_bytes(b"precious")
+    (tmp_path / f".out.{kind}").symlink_to(precious)
+    module, flags = SCRIPTS[script]
+    with pytest.raises(UsageError, match=rf"\.out\.{kind} beside the output is a link, not ours; remove it"):
+        run(module, *flags, "--output", tmp_path / "out.mp4")
+    assert names(precious) == ["00000.mp4"] and (precious / "00000.mp4").read_bytes() == b"precious"
+
+
 def test_a_long_name_has_a_work_file_too(tmp_path):
     with whole_file(tmp_path / f"{'x' * 251}.png") as part:
         part.write_bytes(b"x")

@@ -20,7 +20,7 @@ from errors import ResourceError
 from pipelines.denoise import Step
 from pipelines.distributed import Processes
 from pipelines.job_state import JobState, Progress, logger
-from preprocess.output import allocate, create_empty, put_in_place
+from preprocess.output import allocate, create_empty, put_in_place, refuse_planted
 
 UNSEALED = "0" * 64  # a checksum's place in the header while the values are written
 
@@ -107,6 +107,7 @@ class AvatarState:
             noise: latent frames (C, h, w), drawn for a fresh start.
             resumable: False starts afresh, whatever is there.
         """
+        refuse_planted(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
