@@ -29,17 +29,17 @@ _KEYS: dict[str, object] = {
     "sha256": str,
     "dest": str,  # folder under checkpoints/
     "files": dict[str, str | list[str]],  # part -> file name or glob pattern(s), relative to the repository and to dest
-    "approx_gib": float,  # of all files, for the list of downloads; sizes are asked from the hub
+    "approx_gib": float,  # all files together, for the list of downloads; sizes are asked from the hub
     "needs": list[str],  # other configs to download with this one
     "variant": str,  # key of models.wan.config.VARIANTS
     "tea_cache": str,  # key of models.wan.tea_cache.COEFFICIENTS, where it is not the variant
     "experts": dict[str, str],  # Wan2.2 A14B: noise level -> folder
     "boundary": float,
     "defaults": dict,
-    "method": str,  # of infer.py, where it is not Stand-In
+    "method": str,  # infer.py's, where it is not Stand-In
     "tiny": bool,
     "seed": int,
-    "transformer": dict,  # of a tiny model: fields of models.wan.config.WanConfig
+    "transformer": dict,  # a tiny model's: fields of models.wan.config.WanConfig
     "vae": dict,  # arguments of diffusers' AutoencoderKLWan; `pipelines.networks` checks these parts
     "text_encoder": dict,  # and fields of transformers' configs
     "image_encoder": dict,
@@ -57,18 +57,18 @@ _DEFAULTS: dict[str, object] = {
     "num_inference_steps": int,
     "shift": float,
     "guidance_scale": float | dict[str, float],  # or {high: , low: } for two experts
-    "audio_guidance_scale": float,  # of models that hear
+    "audio_guidance_scale": float,  # only models that hear have one
     "num_frames": int,
     "fps": int,
     "height": int,
     "width": int,
     "solver": str,
     "boundary": float,  # where a distilled LoRA wants the experts switched
-    "lora_scale_high": list[float],  # of SVI's LoRA and the distilled one after it
+    "lora_scale_high": list[float],  # SVI's LoRA and the distilled one after it
     "lora_scale_low": list[float],
     "timesteps": list[float],  # a distilled model's own, before the shift
     "negative_prompt": str,
-    "prompt": str,  # of a demonstration
+    "prompt": str,  # a demonstration's
     "ip_image": str,  # relative to the project
 }
 _INHERITED = (

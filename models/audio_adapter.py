@@ -38,7 +38,7 @@ from models.wan.float8 import use_float8
 from models.wan.slots import BlockContext, KeysValues, Plugin, Slots
 from models.wan.transformer import WanTransformer, cast_linears, modulate
 
-AUDIO_DIM = 768  # of the released adapter: wav2vec2-base's last hidden state
+AUDIO_DIM = 768  # wav2vec2-base's last hidden state, which the released adapter takes
 WIDENED = 4  # tokens that a frame hears beyond its own time, on either side
 
 

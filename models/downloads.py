@@ -42,8 +42,8 @@ class RemoteFile:
     url: str
     path: Path
     size: int  # bytes
-    sha256: str | None  # of files in large-file storage
-    git_sha1: str | None  # of small files, which git hashes with a header
+    sha256: str | None  # known for files in large-file storage
+    git_sha1: str | None  # known for small files, which git hashes with a header
     command: str  # what to run again when it fails
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -205,7 +205,7 @@ def _fetch(file: RemoteFile) -> None:
     have = file.part.stat().st_size if file.part.is_file() else 0
     if have == file.size:
         return
-    if have > file.size:  # of another release of this file
+    if have > file.size:  # another release of this file had more
         file.part.unlink()
         have = 0
     headers = {**file.headers, "Accept-Encoding": "identity"}

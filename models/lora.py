@@ -117,7 +117,7 @@ class Lora:
         def refuse(kind: str, *keys: str) -> None:
             problems.setdefault(kind, []).extend(keys)
 
-        known: list[str] = []  # to be of no use
+        known: list[str] = []  # keys that are known to be of no use
         found: dict[str, dict[str, str]] = {}  # parameter -> part -> key
         for key in tensors:
             name, part = _target(key, spellings, shapes)
@@ -426,7 +426,7 @@ def attach_loras(transformer: WanTransformer, loras: Sequence[tuple[Lora, float]
         for weight, pair in lora.pairs.items():
             module = weight.removesuffix(".weight")
             dtype, shape = kinds[weight]
-            if dtype.itemsize == 1:  # of a weight in float8
+            if dtype.itemsize == 1:  # the weight is in float8
                 dtype = transformer.compute_dtype
             down = pair.down.reshape(-1, *shape[1:])
             up = (pair.up.float() * pair.scale).reshape(shape[0], -1, *[1] * len(shape[2:]))

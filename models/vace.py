@@ -32,7 +32,7 @@ from models.wan.transformer import WanBlock, WanTransformer, cast_linears
 
 logger = logging.getLogger("selfsame")
 
-CONTEXT_CHANNELS = 96  # of the released models: 16 kept + 16 to be made + 64 of the mask
+CONTEXT_CHANNELS = 96  # the released models take 16 kept + 16 to be made + 64 of the mask
 
 
 class VaceBlock(WanBlock):

@@ -5,7 +5,7 @@
 
     samples = read_audio("speech.mp3")                   # (N,) float32, mono, 16 kHz
     timeline = AudioTimeline(len(samples), fps=25)
-    first, last = timeline.sample_range(0, 81)           # of the first 81 video frames
+    first, last = timeline.sample_range(0, 81)           # what the first 81 video frames show
 
 Decoding, mixing and resampling are ffmpeg's. The encoder is in models/audio_encoder.py.
 """
@@ -30,10 +30,10 @@ from preprocess.output import whole_file
 
 logger = logging.getLogger("selfsame")
 
-SAMPLE_RATE = 16000  # of wav2vec2
+SAMPLE_RATE = 16000  # what wav2vec2 takes
 SHORTEST = Fraction(1, 25)  # seconds: one video frame
-SILENCE = 1e-4  # of full scale, -80 dB
-LOUDEST = 100  # of full scale: floats may overshoot it, but not by 40 dB
+SILENCE = 1e-4  # a share of full scale: -80 dB
+LOUDEST = 100  # a multiple of full scale: floats may overshoot it, but not by 40 dB
 
 # Filters of ffmpeg: the mean of all channels (names of absent ones are skipped), or of those of each side.
 MIX = {

@@ -39,7 +39,7 @@ logger = logging.getLogger("selfsame")
 
 DEPTH_PATH = "checkpoints/Depth-Anything-V2-Large-hf"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-BLANK = ("height", "width", "num_frames", "fps")  # of what is made from nothing
+BLANK = ("height", "width", "num_frames", "fps")  # what says how large a control from nothing is
 MASKAUG = ("maskaug_mode", "maskaug_ratio", "maskaug_seed")
 
 

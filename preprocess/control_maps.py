@@ -105,9 +105,7 @@ def color_wheel() -> numpy.ndarray:
     steps = (15, 6, 4, 11, 13, 6)
     wheel = []
     for start, end, count in zip(corners, corners[1:], steps, strict=False):
-        part = (
-            numpy.floor(255 * numpy.arange(count) / count)[:, None] / 255
-        )  # of 255 levels, as the reference tables have it
+        part = numpy.floor(255 * numpy.arange(count) / count)[:, None] / 255  # the reference tables have 255 levels
         wheel.append(numpy.where(end > start, part, numpy.where(end < start, 1 - part, start)))
     return numpy.concatenate(wheel)
 

@@ -20,7 +20,7 @@ from preprocess.face import Parser, crop_face
 from preprocess.face_detection import Box, Detector, Face
 
 CONFIDENCE = 0.5  # a face of a lower score is left alone
-FACE_CLASSES = range(1, 14)  # of the parser: skin, brows, eyes, glasses, ears, earring, nose, mouth, lips
+FACE_CLASSES = range(1, 14)  # the parser's classes: skin, brows, eyes, glasses, ears, earring, nose, mouth, lips
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shots

@@ -36,7 +36,7 @@ def ffmpeg_url(path: str | os.PathLike) -> str:
     return f"file:{os.path.abspath(path)}"
 
 
-MAX_PIXELS = 2**26  # of a video's frame: twice what 8K has
+MAX_PIXELS = 2**26  # a video's frame may have them: twice what 8K has
 
 # Demuxers that read one file and nothing beside it. Not here: playlists and lists of files (hls, dash, concat, imf),
 # scripts (avisynth), numbered pictures (image2), drawings with links (svg), and text drawn as pictures (tty).
@@ -101,7 +101,7 @@ def probe_streams(path: str | os.PathLike) -> Streams:
     lines = [line for line in banner.splitlines() if re.match(r"\s*Stream #0:", line)]
     video = [line for line in lines if ": Video:" in line and "(attached pic)" not in line]  # no album covers
     size = re.search(r", (\d+)x(\d+)\b", video[0]) if video else None
-    if size and int(size[1]) * int(size[2]) > MAX_PIXELS:  # as the header has it
+    if size and int(size[1]) * int(size[2]) > MAX_PIXELS:  # the header says so
         check_frame_size(path, f"Picture size {size[1]}x{size[2]} exceeds")
     if video and not size:
         check_frame_size(path, banner)

@@ -196,7 +196,7 @@ def _decode(open_image: "Callable[[], PIL.Image.Image]", name: str) -> numpy.nda
         raise
     except PIL.Image.DecompressionBombError as error:
         raise InputError(f"{name} {error}; at most {MAX_PIXELS / 1e6:.0f} megapixels are accepted") from error
-    except Exception as error:  # on a damaged file a decoder raises anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # a decoder raises anything over a damaged file: OSError, SyntaxError, struct.error, ...
         raise InputError(f"{name} cannot be decoded: {error}; the file is damaged or cut short") from error
 
 

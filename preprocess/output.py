@@ -189,7 +189,9 @@ def refuse_if_written(path: Path) -> None:
     """
     if fcntl is None:
         return
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # of a pipe nobody writes to, too
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )  # so that a pipe nobody writes to is not waited for
     part = part_of(path, path.suffix[1:])
     with contextlib.suppress(OSError), open(part, "rb", opener=lambda name, _: os.open(name, flags)) as part:
         try:

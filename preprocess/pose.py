@@ -25,7 +25,9 @@ DETECTOR_SIDE = 640
 PERSON = 0  # YOLOX's first class
 DETECTION_SCORE, OVERLAP, CANDIDATE_SCORE = 0.3, 0.45, 0.1
 POINT_SCORE = 0.3
-MEAN = numpy.array([123.675, 116.28, 103.53], numpy.float32)  # of RGB, though the networks are given BGR: as upstream
+MEAN = numpy.array(
+    [123.675, 116.28, 103.53], numpy.float32
+)  # RGB's, though the networks are given BGR: so does upstream
 STD = numpy.array([58.395, 57.12, 57.375], numpy.float32)
 CROP_MARGIN = 1.25
 SHORT_SIDE = 1024  # drawn at this size, in multiples of 64, then scaled to the frame's

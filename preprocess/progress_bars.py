@@ -2,7 +2,7 @@
 
     bars = ProgressBars(shown=processes.rank == 0)
     for job in bars.each(jobs):                              # "video 3 of 6: …"
-        bars.plan(steps, parts=3, noun="window")             # of this video, and as far as one can tell of each
+        bars.plan(steps, parts=3, noun="window")             # a video's, and as far as one can tell every one's
         for number in range(3):
             bars.begin_part(number)
             with bars.steps(job.output.name) as bar: …       # bar.advance() after each step
@@ -48,11 +48,11 @@ class ProgressBars:
 
     def __init__(self, shown: bool = True):
         self.shown = shown
-        self.number, self.count = 0, 1  # of the video
+        self.number, self.count = 0, 1  # the video's number, and how many there are
         self.part, self.parts, self.noun = 0, 1, ""
-        self.num_steps, self.done = 1, 0  # of a part
+        self.num_steps, self.done = 1, 0  # how many steps a part has, and how many are done
         self._first_step: float | None = None  # seconds; it reads weights, so that it counts until there is another
-        self._seconds, self._steps = 0.0, 0  # of all others
+        self._seconds, self._steps = 0.0, 0  # what all parts took so far
         self._between: list[float] = []  # seconds from one part's last step to the next one's first
         self._ended: float | None = None
 

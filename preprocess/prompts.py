@@ -109,7 +109,7 @@ CHANGE = re.compile(
 FIRST_CHANGE = re.compile(rf"(?:{CHANGE.pattern})(?=\[|\(\s*[\"'])", re.MULTILINE)
 ANY_LIST = re.compile(r"prompts = (?=\[)")  # where SVI looks for it, `my_prompts = […]` too
 BARE_LIST = re.compile(r"\s*(?=\[\s*(#.*\s*)*[\"'\]])")  # not: [cinematic] a man walks
-MOST_PROMPTS = 100_000  # of `["…"] * 10**9`
+MOST_PROMPTS = 100_000  # `["…"] * 10**9` is a short file
 
 
 def prompt_list(text: str, name: str) -> list[str] | None:

@@ -12,7 +12,7 @@ from errors import InputError
 from preprocess.ffmpeg import media_input, readable_file, run_ffmpeg
 
 PROJECT = Path(__file__).parent.parent
-TEXT_CHUNK = "Comment"  # of PNG's registered keywords
+TEXT_CHUNK = "Comment"  # one of PNG's registered keywords
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_RECORD = 2**26  # bytes; a film's has some thousands
 # Settings that name media. Their content counts, by hash, and not where it lies.

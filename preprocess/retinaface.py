@@ -24,7 +24,7 @@ ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))  # pixels, of each stride
 CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2  # what a head's output of one means, in anchor sizes
 MEAN_BGR = (104.0, 117.0, 123.0)
 MIN_SCORE = 0.97  # FaceRestoreHelper's
-MAX_OVERLAP = 0.4  # of two boxes that count as two faces
+MAX_OVERLAP = 0.4  # two boxes that share more count as one face
 
 
 class RetinaFace(nn.Module):

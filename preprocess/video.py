@@ -36,7 +36,7 @@ logger = logging.getLogger("selfsame")
 class VideoInfo:
     """What a video is, as `read_frames` gives it."""
 
-    width: int  # as it is shown (a phone's rotation applied)
+    width: int  # what is shown, a phone's rotation applied
     height: int
     fps: float  # mean over the file
     num_frames: int

@@ -30,7 +30,7 @@ class StreamFormat:
     matrix: str | None = None
     primaries: str | None = None
     transfer: str | None = None
-    sample_aspect: str = "1:1"  # of a pixel, width:height
+    sample_aspect: str = "1:1"  # a pixel's width:height
 
     @classmethod
     def from_banner(cls, line: str) -> "StreamFormat | None":

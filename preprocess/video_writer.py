@@ -104,7 +104,7 @@ class VideoWriter:
             self.describe(metadata)  # now, so that a bad value fails early
         self.audio_path, self.audio_start = audio_path, audio_start
         self.num_frames = 0
-        self.width = self.height = None  # of the file, known from the first frames on
+        self.width = self.height = None  # the file's, known from the first frames on
         self._given_size = None  # (height, width) of the frames; the file's may be one larger
         self.part, self.sound_part = part_of(self.path, "mp4"), part_of(self.path, "sound.mp4")
         self.sidecar, self.sidecar_part = sidecar_path(self.path), part_of(self.path, "json")
@@ -114,7 +114,7 @@ class VideoWriter:
         self._resources = contextlib.ExitStack()
         try:
             self._lock()
-            for part in (self.sound_part, self.sidecar_part, self.comment, self.list):  # of a killed run
+            for part in (self.sound_part, self.sidecar_part, self.comment, self.list):  # what a killed run left
                 part.unlink(missing_ok=True)
         except OSError as error:
             self._resources.close()

@@ -28,7 +28,7 @@ Row = dict[str, float | str]
 class Sizes:
     """What is measured: the released shapes, or tiny ones to show on a CPU that everything runs."""
 
-    transformers: Mapping[str, WanConfig]  # in order of worth
+    transformers: Mapping[str, WanConfig]  # the most telling first
     latents: tuple[int, int, int] = (21, 60, 104)  # 81 frames of 480x832
     text_tokens: int = 512
     reference: int = 64  # latent cells of a side of Stand-In's photo, 512x512
@@ -37,7 +37,7 @@ class Sizes:
     audio: tuple[str, ...] = ("1.3B",)  # StableAvatar is released for this one
     audio_tokens: int = 168  # wav2vec2's, of a window of 81 frames
     vae: Mapping = field(default_factory=dict)  # arguments of AutoencoderKLWan; its defaults are Wan2.1's
-    small: WanConfig = replace(VARIANTS["t2v-1.3B"], num_layers=8)  # for what is compared with float32
+    small: WanConfig = replace(VARIANTS["t2v-1.3B"], num_layers=8)  # what is compared with float32
     small_latents: tuple[int, int, int] = (5, 30, 52)
     product_side: int = 8192
 
@@ -79,7 +79,7 @@ class Bench:
     deadline: float
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     rate: float = math.nan  # dense bf16 FLOP/s, set by `measure_rate`
-    rows: list[Row] = field(default_factory=list)  # of the section that runs
+    rows: list[Row] = field(default_factory=list)  # the rows of the section that runs
 
     @property
     def on_gpu(self) -> bool:

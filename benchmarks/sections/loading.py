@@ -14,7 +14,7 @@ from benchmarks.sections.models import num_parameters, random_transformer
 from models.wan.checkpoint import load_transformer
 from models.wan.config import WanConfig
 
-SHARD_BYTES = 10 * GIB  # of the released shards
+SHARD_BYTES = 10 * GIB  # the released shards' size
 DISK = 5e8  # bytes/s, from below, of writing, and of reading three times
 
 

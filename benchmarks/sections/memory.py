@@ -65,5 +65,5 @@ def _row(bench: Bench, config: WanConfig, mode: str) -> Row:
     found = {"seconds to set up": placing, "seconds a step": bench.seconds(step)} | bench.peak()
     needs = bench.estimate(config)
     weights = (needs.weights_fp8 if fp8 else needs.weights)[memory]
-    text = 0 if memory == "sequential" else needs.kept_text / 2  # of one prompt
+    text = 0 if memory == "sequential" else needs.kept_text / 2  # one prompt's
     return found | {"estimated GiB": (weights + needs.call + text) / GIB}

@@ -35,14 +35,14 @@ class FaceConfig:
     cross_attn_interval: int = 2
     cross_attn_dim_head: int = 128
     cross_attn_num_heads: int = 16
-    LFE_id_dim: int = 1280  # of the identity vector
-    LFE_vit_dim: int = 1024  # of the hidden states of the vision tower
+    LFE_id_dim: int = 1280  # width of the identity vector
+    LFE_vit_dim: int = 1024  # width of the vision tower's hidden states
     LFE_depth: int = 10
     LFE_dim_head: int = 64
     LFE_num_heads: int = 16
     LFE_num_id_token: int = 5
     LFE_num_querie: int = 32
-    LFE_output_dim: int = 2048  # of a face token
+    LFE_output_dim: int = 2048  # width of a face token
     LFE_ff_mult: int = 4
     LFE_num_scale: int = 5
     local_face_scale: float = 1.0

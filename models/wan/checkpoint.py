@@ -418,7 +418,7 @@ def assign_tensors(
         for value in mapped:
             value.data = value.data.clone()
     for name, buffer in module.named_buffers():
-        if name in targets:  # from the file, of which a check reads headers alone
+        if name in targets:  # it comes from the file, and a check reads headers alone
             continue
         assert not buffer.is_meta, f"buffer {name} is not saved in checkpoints: build it on a real device"
         if device is not None:
@@ -691,7 +691,7 @@ def _read_config_json(folder: Path) -> dict:
             name: content[name] for name in ("num_heads", "dim", "in_dim", "out_dim", "text_len") if name in content
         }
     else:
-        return {}  # of another model in the same folder
+        return {}  # it belongs to another model in the same folder
     return settings | {name: content[name] for name in same if name in content}
 
 

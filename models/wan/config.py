@@ -56,7 +56,7 @@ _OTHER_NETWORKS = {
     "control_adapter.": "Fun Control-Camera weights with a camera adapter",
 }
 
-HEAD_DIM = 128  # of every released Wan transformer; a checkpoint holds no trace of the number of heads
+HEAD_DIM = 128  # every released Wan transformer has this; a checkpoint holds no trace of the number of heads
 
 
 def detect_config(shapes: Mapping[str, tuple[int, ...]], num_heads: int | None = None) -> WanConfig:

@@ -18,10 +18,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from errors import WeightsError
 from models.wan.checkpoint import assign_tensors, part_of_release, read_tensors
 
-PLACE = ("image_encoder", "models_clip*")  # in a Diffusers repository, and in an original one
+PLACE = ("image_encoder", "models_clip*")  # its name in a Diffusers repository, and in an original one
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HEAD_DIM = 80  # of ViT-H/14: 1280 over 16 heads; a checkpoint holds no trace of the number of heads
+HEAD_DIM = 80  # ViT-H/14 has 16 heads for a width of 1280; a checkpoint holds no trace of the number of heads
 
 # Original name -> transformers' name, in whole path components; blocks are `transformer.N` -> `encoder.layers.N`.
 _OUTSIDE_BLOCKS = {

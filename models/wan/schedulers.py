@@ -135,7 +135,7 @@ class UniPCSolver:
         self.num_steps = schedule.num_steps
         self.clean: list[Tensor] = []  # the last two data predictions, newest last
         self.last_sample: Tensor | None = None  # what the previous predictor step started from
-        self.order = 0  # of the previous predictor step
+        self.order = 0  # the previous predictor step's
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         clean = sample - self.sigmas[index] * velocity

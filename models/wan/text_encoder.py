@@ -33,9 +33,9 @@ from models.wan.checkpoint import (
 
 logger = logging.getLogger("selfsame")
 
-PLACE = ("text_encoder", "models_t5*")  # in a Diffusers repository, and in an original one
+PLACE = ("text_encoder", "models_t5*")  # its name in a Diffusers repository, and in an original one
 MAX_TOKENS = 512  # the transformer's text length, the closing </s> included
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # of a tokenizer's folder; the first one there is read
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # the first one in a tokenizer's folder is read
 SPIECE_KEY = "spiece_model"  # ComfyUI's files bring their tokenizer as a tensor of bytes
 
 # Original name -> transformers' name, in whole path components; blocks are `blocks.N` -> `block.N`.

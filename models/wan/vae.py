@@ -49,7 +49,7 @@ LATENTS_STD = {
 }
 # fmt: on
 
-PLACE = ("vae", "*_VAE.*")  # in a Diffusers repository, and in an original one
+PLACE = ("vae", "*_VAE.*")  # its name in a Diffusers repository, and in an original one
 _DECODER_RESNET = r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight$"
 
 
