@@ -69,6 +69,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
+    from pipelines.stand_in import stand_in_parts
     from pipelines.text_to_video.from_pictures import ImageToVideoMaker, open_pictures
     from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
     from pipelines.wan import Wan
@@ -77,7 +78,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
     pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
-    wan = Wan(settings, config, processes)
+    wan = Wan(settings, config, processes, stand_in_parts(settings, config))
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

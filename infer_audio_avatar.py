@@ -75,12 +75,14 @@ def main(args: argparse.Namespace) -> list[Path]:
     settings, config, samples = resolve_avatar(args)  # samples: (N,) at 16 kHz
     jobs = list_jobs(settings, frames=AudioTimeline(len(samples), settings.fps).num_frames)
 
-    from pipelines.audio_avatar.pipeline import AvatarMaker, AvatarWan, read_reference
+    from pipelines.audio_avatar.part import audio_adapter_part
+    from pipelines.audio_avatar.pipeline import AvatarMaker, read_reference
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
+    from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
-    wan = AvatarWan(settings, config, processes)
+    wan = Wan(settings, config, processes, [audio_adapter_part(settings, config)])
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)

@@ -58,12 +58,13 @@ def main(args: argparse.Namespace) -> list[Path]:
     from pipelines.distributed import start_processes
     from pipelines.face_swap.pipeline import FaceSwapMaker, open_swap_video
     from pipelines.scoring import load_scorer, make_scored
+    from pipelines.stand_in import stand_in_parts
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
-    wan = Wan(settings, config, processes)
+    wan = Wan(settings, config, processes, stand_in_parts(settings, config))
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

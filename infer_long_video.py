@@ -118,14 +118,14 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
     from metrics.drift import likeness_to, report
     from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
     from pipelines.jobs import Job, all_done, make_all, settle
-    from pipelines.long_video.dance import DanceMaker, DanceWan
+    from pipelines.long_video.dance import DanceMaker
+    from pipelines.long_video.parts import driving_parts
     from pipelines.long_video.pipeline import LongVideoMaker, open_existing
-    from pipelines.long_video.talk import TalkMaker, TalkWan
+    from pipelines.long_video.talk import TalkMaker
     from pipelines.wan import Wan
 
-    driven = {None: (Wan, LongVideoMaker), "audio": (TalkWan, TalkMaker), "pose": (DanceWan, DanceMaker)}
-    load, make = driven[settings.driven_by]
-    wan = load(settings, config, processes)
+    makers = {None: LongVideoMaker, "audio": TalkMaker, "pose": DanceMaker}
+    wan = Wan(settings, config, processes, driving_parts(settings, config))
     wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(jobs)  # LoRAs take memory too
@@ -137,7 +137,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
 
     clips = settings.clips(seed=0)
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
-    maker = make(wan, text, picture, open_existing(settings) if settings.extend else None)
+    maker = makers[settings.driven_by](wan, text, picture, open_existing(settings) if settings.extend else None)
     likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
 
     def make_reported(job: Job) -> Path:

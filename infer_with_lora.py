@@ -41,13 +41,14 @@ def main(args: argparse.Namespace) -> list[Path]:
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
+    from pipelines.stand_in import stand_in_parts
     from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
     from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
-    wan = Wan(settings, config, processes)
+    wan = Wan(settings, config, processes, stand_in_parts(settings, config))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)

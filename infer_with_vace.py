@@ -56,13 +56,16 @@ def main(args: argparse.Namespace) -> list[Path]:
 
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
+    from pipelines.stand_in import stand_in_parts
     from pipelines.text_to_video.pipeline import prepare_faces
-    from pipelines.vace.pipeline import VaceMaker, VaceWan, read_control
+    from pipelines.vace.part import vace_part
+    from pipelines.vace.pipeline import VaceMaker, read_control
+    from pipelines.wan import Wan
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
-    wan = VaceWan(settings, config, processes)
+    wan = Wan(settings, config, processes, [*stand_in_parts(settings, config), vace_part(settings, config)])
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
     wan.check(jobs, at_once=replace(settings, num_frames=frames))
     jobs = settle(jobs, settings, wan.describe, processes)

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -153,7 +153,7 @@ def estimate_needs(
     encodes: bool = True,
     vae: Mapping | None = None,
     text_encoder: int = TEXT_ENCODER,
-    beside: nn.Module | None = None,
+    beside: Sequence[nn.Module] = (),
     more: Mapping[str, int] | None = None,
     more_fp8: Mapping[str, int] | None = None,
 ) -> Needs:
@@ -166,14 +166,12 @@ def estimate_needs(
         photos: of Stand-In, whose keys and values are kept.
         encodes: the VAE reads pictures or videos of this size too.
         vae, text_encoder: of a model that has not the released ones.
-        beside: layers that run beside the transformer (VACE, audio), on the meta device.
+        beside: the layers of parts that run beside the transformer (VACE, audio), on the meta device.
         more, more_fp8: memory mode -> bytes of further weights (live LoRAs: those of one expert, under `resident` of
             all), beside weights in `itemsize` and in float8.
     """
     wide, narrow = (
-        add_bytes(
-            transformer_bytes(shape, itemsize, fp8), {} if beside is None else beside_bytes(beside, itemsize, fp8)
-        )
+        add_bytes(transformer_bytes(shape, itemsize, fp8), *(beside_bytes(layers, itemsize, fp8) for layers in beside))
         for fp8 in (False, True)
     )
     of_experts, of_experts_fp8 = ({"resident": (experts - 1) * each["resident"]} for each in (wide, narrow))
@@ -189,7 +187,8 @@ def estimate_needs(
     feed_forward = (12 + itemsize) * shape.dim + 2 * itemsize * shape.ffn_dim
     kept = 2 * shape.num_layers * shape.dim * itemsize  # keys and values of a token, in every block
     adapter = 3 * shape.num_layers * 2 * 128 * shape.dim * itemsize if photos else 0  # Stand-In's, of rank 128
-    branch_layers = len(getattr(beside, "vace_blocks", ()))  # VACE's blocks look at the prompts too
+    # VACE's blocks look at the prompts too.
+    branch_layers = sum(len(getattr(layers, "vace_blocks", ())) for layers in beside)
     kept_text = 2 * shape.text_len * kept * (1 + branch_layers / shape.num_layers)
 
     cost = VaeCost.of(shape, vae)
@@ -225,12 +224,12 @@ def needs_of_config(config: dict) -> Needs | None:
         return None
     shape, tiny, defaults = shape_of(config), bool(config.get("tiny")), config["defaults"]
     same = {name: getattr(shape, name) for name in ("dim", "num_layers")}
-    beside = None
+    beside = []
     with torch.device("meta"):
         if "vace" in config and not tiny:
-            beside = VaceBranch(ffn_dim=shape.ffn_dim, num_heads=shape.num_heads, **same, **config["vace"])
+            beside = [VaceBranch(ffn_dim=shape.ffn_dim, num_heads=shape.num_heads, **same, **config["vace"])]
         elif "square" in config.get("files", {}):
-            beside = AudioAdapter(**same)
+            beside = [AudioAdapter(**same)]
     return estimate_needs(
         shape,
         defaults["height"],
@@ -238,7 +237,7 @@ def needs_of_config(config: dict) -> Needs | None:
         defaults["num_frames"],
         experts=len(config.get("experts") or (None,)),
         photos=int(has_identity(config) and not tiny),
-        encodes=beside is not None or family_of(config) not in ("t2v", "ti2v"),
+        encodes=bool(beside) or family_of(config) not in ("t2v", "ti2v"),
         vae=config.get("vae"),
         text_encoder=0 if tiny else TEXT_ENCODER,
         beside=beside,

@@ -13,6 +13,8 @@ from preprocess.face_detection import DETECTOR_PATH, recogniser_is_there
 
 logger = logging.getLogger("selfsame")
 
+EXPERTS = ("high", "low")  # the noise that each transformer of a pair is for
+
 
 @dataclass(frozen=True)
 class WeightsFile:
@@ -50,6 +52,14 @@ class WeightsFile:
             raise WeightsError(f"{self.path}: no such weights")
         if self.read is not None:
             self.read()
+
+
+def found_or(place: Path, find: Callable[..., Path], *args: object) -> Path:
+    """What `find` finds; `place` where there is nothing, which its reader then says."""
+    try:
+        return find(*args)
+    except WeightsError:
+        return place
 
 
 def face_files(settings, needed_by: str | None) -> list[WeightsFile]:

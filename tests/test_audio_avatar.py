@@ -21,7 +21,8 @@ from configs import load_config
 from errors import UserError
 from models.wan.transformer import WanTransformer
 from pipelines import job_state
-from pipelines.audio_avatar.pipeline import AvatarMaker, AvatarWan, read_reference
+from pipelines.audio_avatar.part import transformer_path
+from pipelines.audio_avatar.pipeline import AvatarMaker, read_reference
 from pipelines.audio_avatar.state import AvatarState, create_on_disk, open_on_disk
 from pipelines.audio_avatar.windows import blend_weights, fuse, latent_length, sound_of
 from pipelines.distributed import Processes
@@ -361,9 +362,7 @@ def test_the_weights_follow_the_shape_of_the_video(tmp_path):
     config = load_config("stableavatar-1.3B")
     for size, name in (((512, 512), "square"), ((832, 480), "rec-vec"), ((480, 832), "rec-vec")):
         settings = SimpleNamespace(transformer_path=None, width=size[0], height=size[1])
-        wan = SimpleNamespace(settings=settings, config=config)
-        path = AvatarWan.transformer_path(wan, 0)
-        assert path == Path(f"checkpoints/StableAvatar-1.3B/transformer3d-{name}.pt")
+        assert transformer_path(settings, config) == Path(f"checkpoints/StableAvatar-1.3B/transformer3d-{name}.pt")
 
 
 # ------------------------------------------------------------------------------------------ interrupted and resumed

@@ -17,10 +17,11 @@ from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import pose_indices
 from pipelines.distributed import Processes, start_processes
 from pipelines.long_video import dance
+from pipelines.long_video.parts import driving_parts
 from pipelines.long_video.pipeline import LongVideoMaker
 from pipelines.long_video.settings import LongVideoSettings, resolve_long_video
-from pipelines.long_video.talk import TalkWan
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
+from pipelines.wan import Wan
 from preprocess import audio
 from preprocess.audio import SAMPLE_RATE, read_audio, write_wav
 from preprocess.record import read_metadata
@@ -194,7 +195,8 @@ def test_audio_layers_of_a_file_are_read_as_float8(sound, tmp_path, monkeypatch)
     save_file(tiny_multitalk(load_config("tiny-i2v")).state_dict(), tmp_path / "m.safetensors")
     flags = ("--variant", "talk", "--audio_path", sound, "--multitalk_path", tmp_path / "m.safetensors", "--fp8")
     args = infer_long_video.parse_args([*SMALL, *map(str, flags)])
-    wan = TalkWan(*resolve_long_video(args)[:2], start_processes("cpu"))
+    settings, config, _ = resolve_long_video(args)
+    wan = Wan(settings, config, start_processes("cpu"), driving_parts(settings, config))
     placed = []
     monkeypatch.setattr(wan, "_place", lambda layers: placed.append(layers))
     wan.transformer(0)
@@ -240,7 +242,8 @@ def test_poses_that_the_last_clip_is_given(poses, monkeypatch, more, read):
     """Beyond the end of the poses: they start over in a longer video, and are held where the video ends with them."""
     args = infer_long_video.parse_args([*SMALL, "--variant", "dance", "--pose_path", str(poses), *map(str, more)])
     settings, config, picture = resolve_long_video(args)
-    wan = dance.DanceWan(settings, config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
+    processes = Processes(0, 1, torch.device("cpu"), context_parallel=False)
+    wan = Wan(settings, config, processes, driving_parts(settings, config))
     maker = dance.DanceMaker(wan, {}, picture)
     given, read_poses = [], dance.read_poses
     monkeypatch.setattr(LongVideoMaker, "prepare_condition", lambda *_, **__: None)  # the pictures are not looked at
@@ -272,7 +275,7 @@ def test_the_released_file_brings_lora_and_embedder(poses, dancing, tmp_path, mo
     save_file(lora_tensors() | embedder, tmp_path / "svi-dance.safetensors")
     assert difference("other.mp4") > 1
     save_file(lora_tensors(), tmp_path / "svi-dance.safetensors")
-    monkeypatch.setattr(dance.DanceWan, "encode_prompts", None)  # umT5 takes minutes: it is said before
+    monkeypatch.setattr(Wan, "encode_prompts", None)  # umT5 takes minutes: it is said before
     with pytest.raises(WeightsError, match="no pose embedder in it"):
         difference("none.mp4")
 

@@ -28,7 +28,8 @@ from pipelines.job_state import JobState
 from pipelines.memory import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
-from pipelines.vace.pipeline import VaceMaker, VaceWan
+from pipelines.vace.part import vace_part
+from pipelines.vace.pipeline import VaceMaker
 from pipelines.vace.settings import read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
@@ -248,7 +249,9 @@ def test_a_control_that_does_not_fit_the_memory_is_refused(tmp_path, monkeypatch
 
 def test_the_branch_and_its_prompt_keys_count_as_memory():
     settings, config = resolve_vace_settings(infer_with_vace.parse_args(["--output", "x.mp4"]))
-    with_branch, without = (kind(settings, config, start_processes("cpu")).needs() for kind in (VaceWan, Wan))
+    with_branch, without = (
+        Wan(settings, config, start_processes("cpu"), parts).needs() for parts in ([vace_part(settings, config)], [])
+    )
     added = {memory: with_branch.weights[memory] - without.weights[memory] for memory in MODES}
 
     branch = tiny.vace_branch()

@@ -27,10 +27,11 @@ from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.jobs import list_jobs
 from pipelines.long_video.settings import resolve_long_video
 from pipelines.settings import PROJECT
+from pipelines.stand_in import stand_in_parts
 from pipelines.text_to_video.from_pictures import open_pictures
 from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer
-from pipelines.vace.pipeline import VaceWan
+from pipelines.vace.part import vace_part
 from pipelines.vace.settings import resolve_vace_settings
 from pipelines.wan import Wan
 from preprocess.video_writer import VideoWriter
@@ -43,7 +44,7 @@ FACE = "assets/face.png"
 
 def make_wan(*flags: str) -> Wan:
     settings, config = resolve_image_to_video(infer.parse_args([*flags, "--prompt", "x"]))
-    return Wan(settings, config, start_processes("cpu"))
+    return Wan(settings, config, start_processes("cpu"), stand_in_parts(settings, config))
 
 
 def test_weights_lists_each_part_with_its_download():
@@ -76,7 +77,7 @@ def test_vae_decides_until_denoised_only_where_it_encodes():
     assert vae(make_wan("--config", "wan2.2-ti2v-5B", "--image", FACE)).until_denoised
     args = infer_with_vace.parse_args(["--config", "wan2.1-vace-1.3B", "--prompt", "x", "--num_frames", "9"])
     settings, config = resolve_vace_settings(args)
-    files = VaceWan(settings, config, start_processes("cpu")).weights()
+    files = Wan(settings, config, start_processes("cpu"), [vace_part(settings, config)]).weights()
     assert [file.name for file in files] == ["VACE", "umT5", "tokenizer", "VAE"]
     assert files[-1].until_denoised
 
@@ -147,7 +148,8 @@ def test_vace_is_told_of_its_own_base(tmp_path):
     args = ["--wan_version", "2.1", "--ip_image", FACE, "--prompt", "x", "--num_frames", "9"]
     settings, config = resolve_vace_settings(infer_with_vace.parse_args([*args, "--vace_path", str(tmp_path / "none")]))
     with pytest.raises(WeightsError, match="--only wan2.1-vace-14B stand-in-wan2.1$"):
-        VaceWan(settings, config, start_processes("cpu")).check()
+        parts = [*stand_in_parts(settings, config), vace_part(settings, config)]
+        Wan(settings, config, start_processes("cpu"), parts).check()
 
 
 def test_long_video_names_base_and_loras_at_once(tmp_path):

@@ -6,9 +6,7 @@ Source: StableAvatar (arXiv 2508.08248), `wan_inference_long_pipeline.py`.
 import hashlib
 import itertools
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -17,139 +15,32 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
-from configs import load_config, part_path
 from errors import ResourceError, WeightsError
-from models.audio_adapter import AudioAdapter, load_audio_avatar
-from models.audio_encoder import AudioEncoder, load_audio_encoder
 from models.wan.schedulers import make_solver
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
-from models.wan.transformer import Prompt, WanTransformer
-from pipelines import tiny
+from models.wan.transformer import Prompt
 from pipelines.audio_avatar.color_match import match_colors
+from pipelines.audio_avatar.part import encode_sounds
 from pipelines.audio_avatar.settings import NOT_USED, AvatarSettings
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.audio_avatar.windows import fuse, latent_length, sound_of
 from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
-from pipelines.distributed import Processes, shard_weights
 from pipelines.guidance import audio_native, branch_plugins, branch_prompts, three_branch
 from pipelines.jobs import Job
 from pipelines.memory import stage
 from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
-from pipelines.weights import WeightsFile
 from pipelines.windows import plan_windows
-from preprocess.audio import SAMPLE_RATE, AudioTimeline, cut_samples, num_features
+from preprocess.audio import SAMPLE_RATE, AudioTimeline
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
-from preprocess.output import allocate, readable_bytes
-from preprocess.progress_bars import ProgressBars, StepBar
+from preprocess.output import readable_bytes
+from preprocess.progress_bars import StepBar
 
 logger = logging.getLogger("selfsame")
 
-AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
 SEEN_SIZE = 512  # pixels of the shorter side in which a face is looked for, however small the video is
-
-
-class AvatarWan(Wan):
-    """A Wan image-to-video model with an audio adapter, which is loaded, moved and freed with its transformer."""
-
-    def __init__(self, settings: AvatarSettings, config: dict, processes: Processes):
-        super().__init__(settings, config, processes)
-        self.is_tiny = self.is_tiny and settings.transformer_path is None
-
-    def transformer_path(self, expert: int) -> Path:
-        """StableAvatar's file: the whole transformer and the adapter, one trained on squares and one on rectangles."""
-        if self.settings.transformer_path is not None:
-            return Path(self.settings.transformer_path)
-        part = "square" if self.settings.width == self.settings.height else "rectangle"
-        return part_path(self.config, part)
-
-    @property
-    def audio_encoder_path(self) -> Path:
-        return Path(self.settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
-
-    def _transformer_files(self) -> list[WeightsFile]:
-        path = self.transformer_path(0)
-        read = partial(load_audio_avatar, path, device="meta", expect=self.transformer_config)
-        return [WeightsFile("transformer", "--transformer_path", path, self.config["name"], read=read)]
-
-    def weights(self) -> list[WeightsFile]:
-        files = super().weights()
-        if not self.is_tiny:
-            path = self.audio_encoder_path
-            read = partial(load_audio_encoder, path, device="meta")
-            files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", path, AUDIO_ENCODER, read=read))
-        return files
-
-    def model_beside(self) -> AudioAdapter:
-        with torch.device("meta"):
-            return AudioAdapter(dim=self.transformer_config.dim, num_layers=self.transformer_config.num_layers)
-
-    def adapter(self) -> AudioAdapter:
-        """The adapter of the transformer that `transformer` returned last."""
-        return self.beside()
-
-    def encode_sounds(self, samples: numpy.ndarray, ranges: Sequence[tuple[int, int]], folder: Path) -> list[Tensor]:
-        """wav2vec2 features (1, L, D) of parts of a sound, each by itself; on the disk, an hour's take 0.7 GB. The
-        encoder is freed before returning.
-
-        Args:
-            samples: (N,) at 16 kHz.
-            ranges: (first, end) of each part; beyond the sound there is silence.
-            folder: where there is room for a file without a name.
-
-        Raises:
-            ResourceError: there is none.
-        """
-        encoder = self._load_audio_encoder().to(self.device)
-        lengths = [num_features(end - first) for first, end in ranges]
-        starts = numpy.cumsum([0, *lengths])
-        with tempfile.TemporaryFile(dir=folder) as file:  # its place is kept by the mapping
-            try:
-                allocate(file.fileno(), 4 * int(starts[-1]) * encoder.width)
-            except OSError as error:
-                size = readable_bytes(4 * int(starts[-1]) * encoder.width)
-                raise ResourceError(
-                    f"{folder}: {error.strerror} ({size} of sound features); make room there"
-                ) from error
-            features = torch.from_numpy(numpy.memmap(file, numpy.float32, "w+", 0, (int(starts[-1]), encoder.width)))
-        parts = features.split(lengths)
-        with ProgressBars(self.processes.rank == 0).work("encoding the sound", len(parts), "window") as bar:
-            for (first, end), part in zip(ranges, parts, strict=True):
-                part.copy_(encoder.last_hidden_state(cut_samples(samples, first, end))[0])
-                bar.advance()
-        del encoder
-        self._free()
-        return [part[None] for part in parts]
-
-    def _load_audio_encoder(self) -> AudioEncoder:
-        if self.is_tiny:
-            return tiny.tiny_audio_encoder(self.config)
-        return load_audio_encoder(self.audio_encoder_path, hint=self.hint(load_config(AUDIO_ENCODER)))
-
-    def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
-        if self.is_tiny:
-            self._beside = tiny.tiny_audio_adapter(self.config).set_compute_dtype(self.dtype)
-            transformer = super()._read_transformer(expert, device)
-            transformer.rounds_time_embedding = True
-        else:
-            transformer, self._beside = load_audio_avatar(
-                self.transformer_path(expert),
-                dtype=self.dtype,
-                device=None if self.settings.fsdp_dit else device,  # no device has to hold it whole
-                expect=self.transformer_config,
-                fp8=bool(self.settings.fp8),
-                changes=self._changes(expert),
-                hint=self.hint(self.config),
-            )
-        self._place(self._beside)
-        return transformer
-
-    def _place(self, model: WanTransformer | AudioAdapter) -> None:
-        if self.settings.fsdp_dit and isinstance(model, WanTransformer):
-            shard_weights(model, self.device)
-        super()._place(model)
 
 
 def read_reference(settings: AvatarSettings) -> numpy.ndarray:
@@ -188,7 +79,7 @@ class AvatarMaker(VideoMaker):
 
     def __init__(
         self,
-        wan: AvatarWan,
+        wan: Wan,
         text: dict[str, Tensor],
         reference: numpy.ndarray,
         samples: numpy.ndarray,
@@ -218,7 +109,7 @@ class AvatarMaker(VideoMaker):
             self.condition = frames_condition(shown, settings.num_frames, self.grid, {0: picture[:, :, 0]}).y
         choices = (settings.last_window, settings.audio_alignment)
         ranges = [sound_of(window, self.timeline, self.num_latents, *choices) for window in self.windows]
-        self.features = wan.encode_sounds(samples, ranges, folder)
+        self.features = encode_sounds(wan, samples, ranges, folder)
 
     def check_step_cache(self) -> None:
         """What a step cache remembers of every window and branch grows with the video.
@@ -357,7 +248,7 @@ class AvatarMaker(VideoMaker):
         """(step, window's number, sample (1, C, f, h, w)) -> the guided velocity. Holds what lasts over the steps."""
         wan, settings, device = self.wan, self.settings, self.wan.device
         transformer = wan.transformer(0, with_loras)
-        adapter = wan.adapter()
+        adapter = wan.part("audio_adapter")
         if transformer.is_cache_enabled:  # of the video before
             transformer.disable_cache()
         if settings.step_cache == "first_block":

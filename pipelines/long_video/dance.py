@@ -1,60 +1,31 @@
-"""SVI-Dance: clips that are driven by a video of drawn poses. The model with its pose embedder, and the maker.
+"""SVI-Dance: clips that are driven by a video of drawn poses. The maker that lets poses lead them.
 
 Source: Stable-Video-Infinity `test_svi_dance.py`, `diffsynth/pipelines/svi_video_dance.py`.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy
 from torch import Tensor
 
-from models.lora import Lora, read_lora
-from models.pose_embedder import KEY, PoseEmbedder, PoseTokens, load_pose_embedder
+from models.pose_embedder import PoseTokens
 from models.wan.transformer import Plugin, WanTransformer
-from pipelines import tiny
 from pipelines.clip_plan import Clip, pose_indices
 from pipelines.jobs import Job
 from pipelines.long_video.pipeline import Existing, LongVideoMaker
 from pipelines.memory import stage
 from pipelines.wan import Wan
-from pipelines.weights import WeightsFile
 from preprocess.video import probe, stream_frames
-
-
-class DanceWan(Wan):
-    """A Wan image-to-video model with a pose embedder. It lies in the file of SVI-Dance's LoRA, the first given."""
-
-    def _lora_files(self) -> list[WeightsFile]:
-        files = super()._lora_files()
-        if files:  # the embedder is read after minutes of text encoding, else
-            read = partial(load_pose_embedder, files[0].path, self.transformer_config.dim)
-            files[0] = replace(files[0], read=read)
-        return files
-
-    def pose_embedder(self) -> PoseEmbedder:
-        if not self.settings.lora_path:  # the tiny model
-            return tiny.tiny_pose_embedder(self.config)
-        return load_pose_embedder(self.settings.lora_path[0], self.transformer_config.dim)
-
-    def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
-        beside = KEY if path == self.settings.lora_path[0] else None
-        return read_lora(path, shape, partial, beside, self.settings.unused_lora_keys)
 
 
 class DanceMaker(LongVideoMaker):
     """Makes long videos of a person who moves as the poses do. Arguments as of `LongVideoMaker`."""
 
-    wan: DanceWan
-
-    def __init__(
-        self, wan: DanceWan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None
-    ):
+    def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
         super().__init__(wan, text, picture, existing)
-        self.embedder = wan.pose_embedder()
+        self.embedder = wan.read_part("pose_embedder")
         self.num_poses = probe(self.settings.pose_path).num_frames
         with open(self.settings.pose_path, "rb") as file:
             self.pose_hash = hashlib.file_digest(file, "sha256").hexdigest()

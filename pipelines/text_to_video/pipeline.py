@@ -309,7 +309,8 @@ class VideoMaker:
             return None
         if index not in self._identities:
             if index not in self._adapters:
-                self._adapters[index] = self.wan.stand_in(index, transformer).scaled(self.settings.identity_strength)
+                stand_in = self.wan.read_part("stand_in", transformer, index)
+                self._adapters[index] = stand_in.scaled(self.settings.identity_strength)
             token = 2 * self.wan.transformer_config.vae_spatial_factor
             grid = (self.settings.height // token, self.settings.width // token)
             steps = (self.settings.identity_start, self.settings.identity_end)

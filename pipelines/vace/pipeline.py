@@ -13,16 +13,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from configs import load_config
-from errors import WeightsError
-from models.vace import VaceBranch, load_vace
-from models.wan.checkpoint import weight_files
 from models.wan.transformer import Plugin, WanTransformer
 from pipelines import tiny
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
 from pipelines.conditions import ShownVAE
-from pipelines.distributed import Processes
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import stage
@@ -38,7 +33,6 @@ from pipelines.vace.context import (
 )
 from pipelines.vace.settings import VaceSettings, read_mask, spread_frames
 from pipelines.wan import Wan
-from pipelines.weights import WeightsFile
 from pipelines.windows import Window, plan_windows
 from preprocess.image import read_image
 from preprocess.video import probe, stream_frames
@@ -97,84 +91,6 @@ def read_control(settings: VaceSettings, demonstrate: bool = False) -> Control:
     return Control(frames, mask, references)
 
 
-class VaceWan(Wan):
-    """A Wan model with a VACE branch, which is loaded, moved and freed with its transformer."""
-
-    def __init__(self, settings: VaceSettings, config: dict, processes: Processes):
-        super().__init__(settings, config, processes)
-        self.is_tiny = self.is_tiny and settings.vace_path is None
-
-    @property
-    def base(self) -> dict:
-        """The released VACE model: it holds the base transformer, the VAE and the text encoder too."""
-        return self.config if "vace" in self.config else load_config("wan2.1-vace-14B")
-
-    @property
-    def vace_path(self) -> Path:
-        return Path(self.settings.vace_path or Path("checkpoints") / self.base.get("dest", ""))
-
-    @property
-    def base_path(self) -> Path:
-        """Where the VAE and the text encoder are looked for."""
-        if self.settings.base_path is not None:
-            return Path(self.settings.base_path)
-        return self.vace_path.parent if self.vace_path.is_file() else self.vace_path
-
-    def transformer_path(self, expert: int) -> Path:
-        return self.vace_path
-
-    def _transformer_files(self) -> list[WeightsFile]:
-        """One file holds both, or VACE's the branch alone; then the base transformer is another."""
-        files = [WeightsFile("VACE", "--vace_path", self.vace_path, self.base["name"], read=self._check_vace)]
-        if self.settings.base_path is not None:
-            with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
-                weight_files(self.base_path)
-                files.append(WeightsFile("transformer", "--base_path", self.base_path, self.base["name"]))
-        return files
-
-    def _check_vace(self) -> None:
-        load_vace(
-            self.vace_path,
-            base_path=self.settings.base_path,
-            device="meta",
-            expect=self.transformer_config,
-            vace_layers=self.base["vace"]["vace_layers"],
-        )
-
-    @property
-    def encodes_pictures(self) -> bool:
-        return True
-
-    def model_beside(self) -> VaceBranch:
-        shape = self.transformer_config
-        same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
-        with torch.device("meta"):
-            return VaceBranch(**same, vace_layers=self.base["vace"]["vace_layers"])
-
-    def branch(self) -> VaceBranch:
-        """The branch of the transformer that `transformer` returned last."""
-        return self.beside()
-
-    def _read_transformer(self, expert: int, device: torch.device | None) -> WanTransformer:
-        if self.is_tiny:
-            self._beside = tiny.tiny_vace(self.config).set_compute_dtype(self.dtype)
-            transformer = super()._read_transformer(expert, device)
-        else:
-            transformer, self._beside = load_vace(
-                self.vace_path,
-                base_path=self.settings.base_path,
-                dtype=self.dtype,
-                device=device,
-                expect=self.transformer_config,
-                fp8=bool(self.settings.fp8),
-                changes=self._changes(expert),
-                vace_layers=self.base["vace"]["vace_layers"],
-                hint=self.hint(self.base),
-            )
-        self._place(self._beside)
-        return transformer
-
-
 class VaceMaker(VideoMaker):
     """Makes jobs under one control. Videos longer than a window go on from the frames made last.
 
@@ -183,7 +99,7 @@ class VaceMaker(VideoMaker):
         control: from `read_control`.
     """
 
-    def __init__(self, wan: VaceWan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray], control: Control):
+    def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray], control: Control):
         super().__init__(wan, text, faces)
         self.control = control
         settings = self.settings
@@ -275,7 +191,7 @@ class VaceMaker(VideoMaker):
         return noise.to(self.wan.device)
 
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
-        control = self.wan.branch().plugin(self._context, self.settings.vace_scale)
+        control = self.wan.part("vace").plugin(self._context, self.settings.vace_scale)
         return [*super().plugins(index, transformer), control]
 
     def metadata(self, job: Job) -> dict:

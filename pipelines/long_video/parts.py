@@ -1,0 +1,110 @@
+"""What drives clips beside prompts, as parts beside the transformer: MultiTalk's audio layers, SVI-Dance's pose
+embedder; and the encoder of speech, which is gone before the transformer loads.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from configs import download_command, load_config, part_path
+from models.audio_encoder import load_audio_encoder
+from models.multitalk import MultiTalk, load_multitalk
+from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
+from models.wan.config import WanConfig
+from models.wan.transformer import WanTransformer
+from pipelines import tiny
+from pipelines.long_video.settings import LongVideoSettings
+from pipelines.networks import shape_of
+from pipelines.parts import Part, Reading, meta_transformer
+from pipelines.wan import Wan
+from pipelines.weights import WeightsFile
+from preprocess.audio import SAMPLE_RATE, normalize_loudness
+
+LAYERS, AUDIO_ENCODER = "multitalk", "chinese-wav2vec2-base"  # their configs
+
+
+def driving_parts(settings: LongVideoSettings, config: dict) -> list[Part]:
+    """The parts of what drives a video's clips."""
+    parts = {"audio": multitalk_part, "pose": pose_embedder_part}
+    return [parts[settings.driven_by](settings, config)] if settings.driven_by else []
+
+
+# ------------------------------------------------------------------------------------------------------------- speech
+
+
+def multitalk_part(settings: LongVideoSettings, config: dict) -> Part:
+    """The audio layers, from --multitalk_path or the released file."""
+    path = _given_or_released(settings, config, settings.multitalk_path, LAYERS, "multitalk")
+    encoder = audio_encoder_path(settings, config)
+    files = []
+    if path is not None:
+        files.append(WeightsFile("MultiTalk", "--multitalk_path", path, LAYERS, read=partial(_check, path, config)))
+    if encoder is not None:
+        read = partial(load_audio_encoder, encoder, device="meta")
+        files.append(WeightsFile("wav2vec2", "--audio_encoder_path", encoder, AUDIO_ENCODER, read=read))
+
+    def build(shape: WanConfig) -> MultiTalk:
+        widths = config["multitalk"] if path is None else {}
+        return MultiTalk(shape.dim, shape.num_heads, shape.num_layers, **widths)
+
+    def load(transformer: WanTransformer, reading: Reading) -> MultiTalk:
+        if path is None:
+            return tiny.tiny_multitalk(config).set_compute_dtype(reading.dtype)
+        options = {"dtype": reading.dtype, "device": reading.device, "fp8": reading.fp8}
+        return load_multitalk(path, transformer, **options, hint=download_command(load_config(LAYERS)))
+
+    return Part("multitalk", files, load, build)
+
+
+def audio_encoder_path(settings: LongVideoSettings, config: dict) -> Path | None:
+    """None: the tiny model's."""
+    return _given_or_released(settings, config, settings.audio_encoder_path, AUDIO_ENCODER, "audio_encoder")
+
+
+def _given_or_released(
+    settings: LongVideoSettings, config: dict, given: str | None, release: str, part: str
+) -> Path | None:
+    if given is not None:
+        return Path(given)
+    is_tiny = config.get("tiny") and settings.base_path is None
+    return None if is_tiny else part_path(load_config(release), part)
+
+
+def _check(path: Path, config: dict) -> None:
+    load_multitalk(path, meta_transformer(shape_of(config)), device="meta")
+
+
+def encode_speech(wan: Wan, samples: numpy.ndarray, num_frames: int) -> Tensor:
+    """The speech (N,) at 16 kHz as hidden states (F, 12, 768), one entry a video frame: bfloat16 on the CPU, as the
+    released layers are given them, 26 MiB a minute. The encoder is freed before returning.
+    """
+    path = audio_encoder_path(wan.settings, wan.config)
+    if path is None:
+        encoder = tiny.tiny_audio_encoder(wan.config)
+    else:
+        encoder = load_audio_encoder(path, hint=download_command(load_config(AUDIO_ENCODER)))
+    samples = normalize_loudness(samples, SAMPLE_RATE)  # to that of the training data
+    states = encoder.to(wan.device).hidden_states(samples, num_frames).to("cpu", torch.bfloat16)
+    del encoder
+    wan.free()
+    return states
+
+
+# -------------------------------------------------------------------------------------------------------------- poses
+
+
+def pose_embedder_part(settings: LongVideoSettings, config: dict) -> Part:
+    """The embedder, which lies in the file of SVI-Dance's LoRA, the first given. It runs once a clip, before it."""
+    if not settings.lora_path:  # the tiny model
+        return Part("pose_embedder", (), lambda transformer, reading: tiny.tiny_pose_embedder(config))
+    path, dim = settings.lora_path[0], shape_of(config).dim
+    release = settings.lora_release(path)
+    files = [WeightsFile("LoRA", "--lora_path", Path(path), release, read=partial(load_pose_embedder, path, dim))]
+
+    def load(transformer: WanTransformer | None, reading: Reading) -> PoseEmbedder:
+        return load_pose_embedder(path, dim)
+
+    return Part("pose_embedder", files, load, key_in_lora=KEY)

@@ -1,0 +1,62 @@
+"""VACE's branch as a part beside the transformer, which its released files hold too."""
+
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from configs import download_command, load_config
+from errors import WeightsError
+from models.vace import VaceBranch, load_vace
+from models.wan.checkpoint import weight_files
+from models.wan.config import WanConfig
+from models.wan.transformer import WanTransformer
+from pipelines import tiny
+from pipelines.networks import shape_of
+from pipelines.parts import Part, Reading
+from pipelines.vace.settings import VaceSettings
+from pipelines.weights import WeightsFile
+
+
+def vace_part(settings: VaceSettings, config: dict) -> Part:
+    """The branch, from --vace_path or the released model."""
+    # The released model holds the base transformer, the VAE and the text encoder too.
+    release = config if "vace" in config else load_config("wan2.1-vace-14B")
+    build = partial(branch_of, release["vace"]["vace_layers"])
+    if config.get("tiny") and settings.base_path is None and settings.vace_path is None:
+        return Part("vace", (), partial(_load_tiny, config), build, encodes=True)
+    path = Path(settings.vace_path or Path("checkpoints") / release.get("dest", ""))
+    load_both = partial(
+        load_vace,
+        path,
+        base_path=settings.base_path,
+        expect=shape_of(config),
+        vace_layers=release["vace"]["vace_layers"],
+    )
+    files = [WeightsFile("VACE", "--vace_path", path, release["name"], read=partial(load_both, device="meta"))]
+    if settings.base_path is not None:
+        with contextlib.suppress(WeightsError):  # it may hold no transformer, only the VAE or the text encoder
+            weight_files(settings.base_path)
+            files.append(WeightsFile("transformer", "--base_path", Path(settings.base_path), release["name"]))
+
+    def read_both(reading: Reading) -> tuple[WanTransformer, VaceBranch]:
+        return load_both(
+            dtype=reading.dtype,
+            device=reading.device,
+            fp8=reading.fp8,
+            changes=reading.changes,
+            hint=download_command(release),
+        )
+
+    folder = path.parent if path.is_file() else path
+    return Part("vace", files, build=build, load_both=read_both, release=release, folder=folder, encodes=True)
+
+
+def branch_of(vace_layers: Sequence[int], shape: WanConfig) -> VaceBranch:
+    """A branch for a transformer of this shape."""
+    same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
+    return VaceBranch(**same, vace_layers=vace_layers)
+
+
+def _load_tiny(config: dict, transformer: WanTransformer, reading: Reading) -> VaceBranch:
+    return tiny.tiny_vace(config).set_compute_dtype(reading.dtype)
