@@ -108,7 +108,7 @@ def module_bytes(model: nn.Module, itemsize: int, fp8: bool, blocks_at_once: int
     float8 = {f"{name}.weight" for name in float8_linears(model)} if fp8 else ()
     sizes = {
         name: parameter.numel()
-        * (4 if any(part in name for part in model._keep_in_fp32_modules) else 1 if name in float8 else itemsize)
+        * (4 if any(part in name for part in model._keep_in_fp32_modules or ()) else 1 if name in float8 else itemsize)
         for name, parameter in model.named_parameters()
     }
     blocks: dict[str, int] = {}

@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from models.wan.config import WanConfig
+from models.wan.slots import Plugin
 from models.wan.transformer import WanTransformer
 from pipelines.weights import WeightsFile
 
@@ -51,6 +52,8 @@ class Part:
     release, folder: the config and the place of the download that holds the rest of the model too (VAE, text encoder);
         None: the config's own.
     key_in_lora: what its keys in the file of a LoRA contain, where they lie among a LoRA's; `files` then name that one.
+    plugin: what its layers add to every forward pass, where nothing but they decides it. Other parts' plug-ins are made
+        by the pipeline that knows what they show or hear.
     encodes: the VAE encodes something for it before denoising.
     """
 
@@ -62,6 +65,7 @@ class Part:
     release: dict | None = None
     folder: Path | None = None
     key_in_lora: str | None = None
+    plugin: Callable[[nn.Module], Plugin] | None = None
     encodes: bool = False
 
 

@@ -29,6 +29,7 @@ from models.wan.text_encoder import (
     find_tokenizer,
     load_text_encoder,
 )
+from models.wan.slots import Plugin
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
@@ -504,6 +505,10 @@ class Wan:
         """A part's layers that were loaded with the transformer that `transformer` returned last."""
         layers = self._layers[self._expert][name]
         return layers.to(self.device) if self.memory == "model" else layers
+
+    def plugins(self) -> list[Plugin]:
+        """What parts add to every forward pass of the transformer that `transformer` returned last."""
+        return [part.plugin(self.part(part.name)) for part in self.parts if part.plugin is not None]
 
     def read_part(self, name: str, transformer: WanTransformer | None = None, expert: int = 0) -> nn.Module:
         """A part that is read when it is asked for: what it makes is needed before a forward pass, not in it."""

@@ -38,7 +38,7 @@ class Float8Linear(nn.Linear):
 
 def float8_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of a model that may be stored in float8, by name: not those that its class keeps wide."""
-    wide = (*model._keep_in_fp32_modules, *model._skip_layerwise_casting_patterns, "lora_")
+    wide = (*(model._keep_in_fp32_modules or ()), *(model._skip_layerwise_casting_patterns or ()), "lora_")
     return {
         name: layer
         for name, layer in model.named_modules()

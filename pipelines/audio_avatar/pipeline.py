@@ -259,7 +259,7 @@ class AvatarMaker(VideoMaker):
             for prompt in (job.prompt, settings.negative_prompt)
         )
         prompts = branch_prompts(positive, negative)
-        guidance = self.guidance()
+        guidance, plugins = self.guidance(), wan.plugins()
         condition = self.condition.to(device)  # (1, 4 + C, f, h, w)
         caches = [self.window_caches(prompts) for _ in self.windows]
         window_tokens = settings.window * (self.grid[0] // 2) * (self.grid[1] // 2)
@@ -270,6 +270,7 @@ class AvatarMaker(VideoMaker):
                 transformer,
                 prompts,
                 guidance,
+                plugins,
                 step_caches=caches[number],
                 branch_plugins=branch_plugins(adapter, self.features[number].to(device), settings.num_frames),
                 # Only the legacy last window is shorter than the sound it is given.

@@ -253,7 +253,7 @@ class VideoMaker:
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
         """What takes part in every forward pass of this expert: the identity here; control beside it elsewhere."""
         identity = self.identity(index, transformer)
-        return [] if identity is None else [identity]
+        return [*([] if identity is None else [identity]), *self.wan.plugins()]
 
     def experts(self, job: Job) -> Callable[[int], Expert]:
         """step -> the expert of that step, made at its first step: weights are switched once a video.
