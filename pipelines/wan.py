@@ -22,6 +22,7 @@ from models.wan.checkpoint import load_transformer, part_of_release, read_tensor
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import use_float8
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
+from models.wan.slots import Plugin
 from models.wan.text_encoder import (
     TOKENIZER_FILES,
     TextEncoder,
@@ -29,7 +30,6 @@ from models.wan.text_encoder import (
     find_tokenizer,
     load_text_encoder,
 )
-from models.wan.slots import Plugin
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny

@@ -120,7 +120,7 @@ def test_an_avatars_preview_is_the_clean_frame_whatever_the_step():
 def test_each_expert_has_its_own_guidance_scale():
     for scales, wanted in (((4.0, 3.0), [4.0, 3.0]), ((2.0,), [2.0, 2.0])):
         settings = SimpleNamespace(guidance_scale=scales, negative_prompt="", step_cache="none")
-        wan = SimpleNamespace(device="cpu", memory="resident")
+        wan = SimpleNamespace(device="cpu", memory="resident", plugins=list)
         maker = maker_of(VideoMaker, settings=settings, wan=wan, text={"": random(2, 4)}, references=[])
         maker.image_features = None
         experts = [maker.expert(Job("", 0, None), index, tiny.transformer()) for index in (0, 1)]
