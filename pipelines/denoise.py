@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.identity.stand_in import Identity
 from models.wan.schedulers import Schedule, make_solver
 from models.wan.tea_cache import TeaCache
 from models.wan.transformer import Plugin, Prompt, WanTransformer
@@ -39,11 +38,12 @@ class Expert:
     """A transformer with all it needs to denoise one video.
 
     prompts: one `Prompt` a guidance branch.
-    plugins: asked at every step of every branch; an `Identity` only within its step range.
+    plugins: asked at every step of every branch.
     step_caches: one `TeaCache` a branch, or none.
     branch_plugins: further plug-ins of single branches (speech is heard in some and not in others).
     attended_length: pad the tokens to this length, and let them see the padding (`WanTransformer.forward`).
     cache_name: of what the transformer's own step cache remembers, where it denoises several things by turns.
+    plugins_at: (step, number of steps) -> further plug-ins of every branch, where they depend on the step.
     """
 
     transformer: WanTransformer
@@ -54,12 +54,13 @@ class Expert:
     branch_plugins: Mapping[str, Sequence[Plugin]] = field(default_factory=dict)
     attended_length: int | None = None
     cache_name: str = ""
+    plugins_at: Callable[[int, int], Sequence[Plugin]] | None = None
 
     def velocity(
         self, sample: Tensor, timestep: Tensor, step: int, num_steps: int, condition: Tensor | None = None
     ) -> Tensor:
         """The guided prediction for sample (B, C, F, H, W) at one step, float32."""
-        plugins = [p for p in self.plugins if not isinstance(p, Identity) or p.active(step, num_steps)]
+        plugins = [*self.plugins, *(self.plugins_at(step, num_steps) if self.plugins_at is not None else ())]
 
         def predict(branch: str) -> Tensor:
             with self.transformer.cache_context(branch + self.cache_name):

@@ -1,12 +1,14 @@
-"""Stand-In's weights as a part beside the transformer. Source: arXiv 2508.07901."""
+"""Stand-In's weights as a part beside the transformer, and when its identity takes part. Source: arXiv 2508.07901."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from configs import download_command
 from errors import UsageError, WeightsError
-from models.identity.stand_in import StandIn, load_stand_in
+from models.identity.stand_in import Identity, StandIn, load_stand_in
 from models.wan.checkpoint import read_tensors
+from models.wan.slots import Plugin
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
 from pipelines.networks import shape_of
@@ -30,6 +32,13 @@ def stand_in_parts(settings: Settings, config: dict) -> list[Part]:
         path = found_or(place, find_stand_in, place, expert, config)
         files.append(WeightsFile(name, "--stand_in_path", path, config["name"], read=read))
     return [Part("stand_in", files, partial(_load, place, config), encodes=True)]
+
+
+def within_steps(identity: Identity | None) -> Callable[[int, int], list[Plugin]] | None:
+    """(step, number of steps) -> the identity at the steps in which it takes part; None without one."""
+    if identity is None:
+        return None
+    return lambda step, num_steps: [identity] if identity.active(step, num_steps) else []
 
 
 def find_stand_in(place: Path, expert: int, config: dict) -> Path:

@@ -25,6 +25,7 @@ from pipelines.jobs import Job
 from pipelines.memory import is_out_of_memory, next_mode, stage
 from pipelines.record import progress_of
 from pipelines.settings import Settings
+from pipelines.stand_in import within_steps
 from pipelines.wan import Wan
 from preprocess.face import FaceImage, load_parser, prepare_face
 from preprocess.face_detection import load_detector
@@ -251,9 +252,8 @@ class VideoMaker:
         return sample
 
     def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
-        """What takes part in every forward pass of this expert: the identity here; control beside it elsewhere."""
-        identity = self.identity(index, transformer)
-        return [*([] if identity is None else [identity]), *self.wan.plugins()]
+        """What takes part in every forward pass of this expert, beside the identity: control, in its mode."""
+        return self.wan.plugins()
 
     def experts(self, job: Job) -> Callable[[int], Expert]:
         """step -> the expert of that step, made at its first step: weights are switched once a video.
@@ -291,6 +291,7 @@ class VideoMaker:
             two_branch(scales[min(index, len(scales) - 1)]),
             self.plugins(index, transformer),
             self.tea_caches(),
+            plugins_at=within_steps(self.identity(index, transformer)),
         )
 
     def prompt(self, text: str) -> Prompt:
