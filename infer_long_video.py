@@ -9,6 +9,7 @@
     … --variant 2.0-pro --lora_config lora-svi-lightx2v                 six steps: with LightX2V's LoRAs beside SVI's
     … --variant talk --ref_image_path me.jpg --audio_path speech.wav    as long as the speech, with its sound
     … --variant dance --ref_image_path me.jpg --pose_path poses.mp4     a frame for each drawn pose
+    … --variant talk --audio_path speech.wav --pose_path poses.mp4 …    speech and poses at once
     … --extend film.mp4 --prompt "She stands up and leaves"             goes on from a video, whose frames stay
     … --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"    the photo in a scene
     python infer_long_video.py --config out.json --output again.mp4
@@ -61,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     long.add_argument("--end_image", metavar="PICTURE", help="the last clip ends on it (--variant 2.0)")
     long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
     long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
+    long.add_argument("--pose_embedder_path", help="its poses beside speech: svi-dance.safetensors")
     long.add_argument("--pose_path", metavar="VIDEO", help="dance: poses, drawn by python -m preprocess.control pose")
     long.add_argument(
         "--remove_pose", action="store_true", default=None, help="dance: poses say how long it is, and lead nothing"
@@ -118,13 +120,10 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
     from metrics.drift import likeness_to, report
     from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
     from pipelines.jobs import Job, all_done, make_all, settle
-    from pipelines.long_video.dance import DanceMaker
     from pipelines.long_video.parts import driving_parts
     from pipelines.long_video.pipeline import LongVideoMaker, open_existing
-    from pipelines.long_video.talk import TalkMaker
     from pipelines.wan import Wan
 
-    makers = {None: LongVideoMaker, "audio": TalkMaker, "pose": DanceMaker}
     wan = Wan(settings, config, processes, driving_parts(settings, config))
     wan.check_files(first_frame_files(settings))
     wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
@@ -137,7 +136,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
 
     clips = settings.clips(seed=0)
     text = wan.encode_prompts([*(clip.prompt for clip in clips), settings.negative_prompt])  # its encoder is gone then
-    maker = makers[settings.driven_by](wan, text, picture, open_existing(settings) if settings.extend else None)
+    maker = LongVideoMaker(wan, text, picture, open_existing(settings) if settings.extend else None)
     likeness = None if settings.no_drift_report else likeness_to(picture, settings.antelopv2_path)
 
     def make_reported(job: Job) -> Path:

@@ -18,7 +18,6 @@ from pipelines.clip_plan import pose_indices
 from pipelines.distributed import Processes, start_processes
 from pipelines.long_video import dance
 from pipelines.long_video.parts import driving_parts
-from pipelines.long_video.pipeline import LongVideoMaker
 from pipelines.long_video.settings import LongVideoSettings, resolve_long_video
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
 from pipelines.wan import Wan
@@ -244,12 +243,11 @@ def test_poses_that_the_last_clip_is_given(poses, monkeypatch, more, read):
     settings, config, picture = resolve_long_video(args)
     processes = Processes(0, 1, torch.device("cpu"), context_parallel=False)
     wan = Wan(settings, config, processes, driving_parts(settings, config))
-    maker = dance.DanceMaker(wan, {}, picture)
     given, read_poses = [], dance.read_poses
-    monkeypatch.setattr(LongVideoMaker, "prepare_condition", lambda *_, **__: None)  # the pictures are not looked at
     monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
+    opened = dance.open_poses(wan)
     for clip in settings.clips(seed=0):
-        maker.prepare_condition(clip, None, is_last=False)
+        dance.embed_poses(wan, opened, clip)
     assert given[0] == list(range(CLIP))
     assert given[-1] == read
 
@@ -280,6 +278,58 @@ def test_the_released_file_brings_lora_and_embedder(poses, dancing, tmp_path, mo
         difference("none.mp4")
 
 
+# ------------------------------------------------------------------------------------------------ speech and poses
+
+
+@pytest.mark.parametrize("variant", ["talk", "dance"])
+def test_speech_and_poses_drive_one_video(sound, poses, talking, dancing, tmp_path, variant):
+    """Both act: without the one, or with another of either, the frames are others."""
+
+    def both(name: str, speech: Path, drawn: Path) -> numpy.ndarray:
+        frames = make(tmp_path / name, "--variant", variant, "--audio_path", speech, "--pose_path", drawn)
+        return frames.astype(int)
+
+    frames = both("both.mp4", sound, poses)
+    info = probe(tmp_path / "both.mp4")
+    assert (info.num_frames, info.fps, info.has_audio) == (20, 25, True)  # as long as the speech, at its rate
+    metadata = read_metadata(tmp_path / "both.mp4")
+    assert metadata["audio"] and metadata["poses"]
+    alone = {"talk": talking, "dance": dancing}[variant]
+    assert abs(frames - alone[:20]).mean() > 1
+    other_sound = both("sound.mp4", write_sound(tmp_path / "other.wav", 0.81, pitch=900), poses)
+    other_poses = both("poses.mp4", sound, write_poses(tmp_path / "other.mp4", step=1))
+    assert abs(other_sound - frames).mean() > 0.1 and abs(other_poses - frames).mean() > 0.1
+    assert (both("again.mp4", sound, poses) == frames).all()
+
+
+def test_poses_that_end_before_the_speech_start_over(poses, monkeypatch, tmp_path):
+    speech = write_sound(tmp_path / "long.wav", 1.2)  # 30 frames for 20 poses
+    flags = ("--variant", "talk", "--audio_path", speech, "--pose_path", poses)
+    settings, config, _ = resolve_long_video(infer_long_video.parse_args([*SMALL, *map(str, flags)]))
+    wan = Wan(settings, config, start_processes("cpu"), driving_parts(settings, config))
+    given, read_poses = [], dance.read_poses
+    monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
+    opened = dance.open_poses(wan)
+    for clip in settings.clips(seed=0):
+        dance.embed_poses(wan, opened, clip)
+    assert given[0] == list(range(CLIP))
+    assert given[-1] == [(settings.clips(seed=0)[-1].start + i) % NUM_POSES for i in range(CLIP)]
+
+
+def test_the_embedder_beside_speech_has_a_file_of_its_own(sound, poses, tmp_path):
+    flags = ("--variant", "talk", "--audio_path", sound, "--pose_path", poses)
+    same = make(tmp_path / "seed.mp4", *flags)
+    tensors = tiny_pose_embedder(load_config("tiny-i2v")).state_dict()
+    for name, factor in (("same", 1), ("other", -1)):
+        embedder = {f"{KEY}{key}": factor * tensor for key, tensor in tensors.items()}
+        save_file(embedder | lora_tensors(), tmp_path / f"{name}.safetensors")
+    from_file, other = (
+        make(tmp_path / f"{name}.mp4", *flags, "--pose_embedder_path", tmp_path / f"{name}.safetensors").astype(int)
+        for name in ("same", "other")
+    )
+    assert abs(from_file - same).mean() < 0.1 < 0.5 < abs(other - same).mean()
+
+
 # --------------------------------------------------------------------------------------------------------- errors
 
 
@@ -296,7 +346,12 @@ def test_the_released_file_brings_lora_and_embedder(poses, dancing, tmp_path, mo
             UsageError,
             "shot is not driven by audio; use --variant talk",
         ),
-        (["--variant", "talk", "--pose_path", "{poses}", "--audio_path", "{sound}"], UsageError, "use --variant dance"),
+        (["--variant", "shot", "--pose_path", "{poses}"], UsageError, "not driven by pose; use --variant dance"),
+        (
+            ["--variant", "dance", "--pose_path", "{poses}", "--multitalk_path", "m.safetensors"],
+            UsageError,
+            "not driven by audio; use --variant talk",
+        ),
         (["--variant", "talk", "--audio_path", "{sound}", "--fps", "16"], UsageError, "--fps 16 .* trained at 25"),
         (
             ["--variant", "talk", "--audio_path", "{sound}", "--cfg_scale_audio", "-1"],

@@ -1,57 +1,56 @@
-"""SVI-Dance: clips that are driven by a video of drawn poses. The maker that lets poses lead them.
+"""Clips that are driven by a video of drawn poses (SVI-Dance): what leads a whole video, and what leads a clip.
 
 Source: Stable-Video-Infinity `test_svi_dance.py`, `diffsynth/pipelines/svi_video_dance.py`.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from torch import Tensor
 
-from models.pose_embedder import PoseTokens
-from models.wan.transformer import Plugin, WanTransformer
+from models.pose_embedder import PoseEmbedder, PoseTokens
 from pipelines.clip_plan import Clip, pose_indices
-from pipelines.jobs import Job
-from pipelines.long_video.pipeline import Existing, LongVideoMaker
 from pipelines.memory import stage
 from pipelines.wan import Wan
 from preprocess.video import probe, stream_frames
 
 
-class DanceMaker(LongVideoMaker):
-    """Makes long videos of a person who moves as the poses do. Arguments as of `LongVideoMaker`."""
+@dataclass(frozen=True)
+class Poses:
+    """What leads a whole video.
 
-    def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
-        super().__init__(wan, text, picture, existing)
-        self.embedder = wan.read_part("pose_embedder")
-        self.num_poses = probe(self.settings.pose_path).num_frames
-        with open(self.settings.pose_path, "rb") as file:
-            self.pose_hash = hashlib.file_digest(file, "sha256").hexdigest()
-        self.pose: PoseTokens | None = None  # of the clip that is being made
+    embedder: on the CPU between clips.
+    sha256: of the pose video's file.
+    """
 
-    def prepare_condition(self, clip: Clip, handed: Tensor | None, is_last: bool) -> None:
-        super().prepare_condition(clip, handed, is_last)
-        if self.settings.remove_pose:
-            return
-        settings, processes = self.settings, self.wan.processes
-        # Where the video ends with the poses, the last clip may reach beyond them.
-        starts_over = settings.video_frames is None
-        indices = pose_indices(clip, settings.num_frames, self.num_poses, starts_over)
-        poses = read_poses(settings.pose_path, indices, settings.height, settings.width)
-        with stage("embedding the poses", "try a smaller size"):
-            self.pose = self.embedder.to(self.wan.device).encode(poses)
-        self.embedder.to("cpu")
-        if processes.context_parallel:
-            self.pose = self.pose.shard(processes.rank, processes.count)
+    embedder: PoseEmbedder
+    num_frames: int
+    sha256: str
 
-    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
-        """The poses lead all guidance branches, as in upstream's script."""
-        return [*super().plugins(index, transformer), *([] if self.pose is None else [self.pose])]
 
-    def metadata(self, job: Job) -> dict:
-        return super().metadata(job) | {"poses": self.pose_hash}  # sha256 of the file
+def open_poses(wan: Wan) -> Poses:
+    """Read the embedder, and look at the pose video of the settings."""
+    path = wan.settings.pose_path
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Poses(wan.read_part("pose_embedder"), probe(path).num_frames, sha256)
+
+
+def embed_poses(wan: Wan, poses: Poses, clip: Clip) -> PoseTokens | None:
+    """The plug-in of a clip. It leads all guidance branches, as in upstream's script; None where poses are left out."""
+    settings, processes = wan.settings, wan.processes
+    if settings.remove_pose:
+        return None
+    # Where the video ends with the poses, the last clip may reach beyond them.
+    starts_over = settings.video_frames is None or settings.audio_path is not None
+    indices = pose_indices(clip, settings.num_frames, poses.num_frames, starts_over)
+    frames = read_poses(settings.pose_path, indices, settings.height, settings.width)
+    with stage("embedding the poses", "try a smaller size"):
+        tokens = poses.embedder.to(wan.device).encode(frames)
+    poses.embedder.to("cpu")
+    return tokens.shard(processes.rank, processes.count) if processes.context_parallel else tokens
 
 
 def read_poses(path: str | Path, indices: Sequence[int], height: int, width: int) -> numpy.ndarray:

@@ -23,13 +23,13 @@ from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, normalize_loudness
 
-LAYERS, AUDIO_ENCODER = "multitalk", "chinese-wav2vec2-base"  # their configs
+LAYERS, AUDIO_ENCODER, DANCE = "multitalk", "chinese-wav2vec2-base", "svi-dance"  # their configs
 
 
 def driving_parts(settings: LongVideoSettings, config: dict) -> list[Part]:
-    """The parts of what drives a video's clips."""
+    """The parts of what drives a video's clips: of speech, of poses, or of both."""
     parts = {"audio": multitalk_part, "pose": pose_embedder_part}
-    return [parts[settings.driven_by](settings, config)] if settings.driven_by else []
+    return [parts[driver](settings, config) for driver in settings.drivers]
 
 
 # ------------------------------------------------------------------------------------------------------------- speech
@@ -97,14 +97,21 @@ def encode_speech(wan: Wan, samples: numpy.ndarray, num_frames: int) -> Tensor:
 
 
 def pose_embedder_part(settings: LongVideoSettings, config: dict) -> Part:
-    """The embedder, which lies in the file of SVI-Dance's LoRA, the first given. It runs once a clip, before it."""
-    if not settings.lora_path:  # the tiny model
-        return Part("pose_embedder", (), lambda transformer, reading: tiny.tiny_pose_embedder(config))
-    path, dim = settings.lora_path[0], shape_of(config).dim
-    release = settings.lora_release(path)
-    files = [WeightsFile("LoRA", "--lora_path", Path(path), release, read=partial(load_pose_embedder, path, dim))]
+    """The embedder, which lies in the file of SVI-Dance's LoRA: the first LoRA of that variant; of another one a file
+    of its own. It runs once a clip, before it.
+    """
+    is_in_lora = settings.driven_by == "pose" and settings.lora_path and settings.pose_embedder_path is None
+    path = settings.lora_path[0] if is_in_lora else settings.pose_embedder_path
+    if path is None:
+        if config.get("tiny") and settings.base_path is None:
+            return Part("pose_embedder", (), lambda transformer, reading: tiny.tiny_pose_embedder(config))
+        path = part_path(load_config(DANCE), "lora")
+    dim = shape_of(config).dim
+    name, flag = ("LoRA", "--lora_path") if is_in_lora else ("pose embedder", "--pose_embedder_path")
+    release = settings.lora_release(path) if is_in_lora else DANCE
+    files = [WeightsFile(name, flag, Path(path), release, read=partial(load_pose_embedder, path, dim))]
 
     def load(transformer: WanTransformer | None, reading: Reading) -> PoseEmbedder:
         return load_pose_embedder(path, dim)
 
-    return Part("pose_embedder", files, load, key_in_lora=KEY)
+    return Part("pose_embedder", files, load, key_in_lora=KEY if is_in_lora else None)

@@ -20,9 +20,13 @@ import numpy
 import torch
 from torch import Tensor
 
+from models.pose_embedder import PoseTokens
+from models.wan.slots import Plugin
+from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
 from pipelines.conditions import ShownVAE, latent_frames
+from pipelines.denoise import Expert
 from pipelines.jobs import Job
 from pipelines.long_video.clip_conditions import (
     crop_to_shape,
@@ -30,7 +34,9 @@ from pipelines.long_video.clip_conditions import (
     latents_to_condition,
     picture_to_frame,
 )
+from pipelines.long_video.dance import embed_poses, open_poses
 from pipelines.long_video.settings import LongVideoSettings
+from pipelines.long_video.talk import BRANCHES, hear, open_speech
 from pipelines.memory import stage
 from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.wan import Wan
@@ -81,8 +87,7 @@ def open_existing(settings: LongVideoSettings) -> Existing:
 class LongVideoMaker(VideoMaker):
     """Makes the long video of each job.
 
-    What speech or poses add to a variant goes into `expert`, which makes all that takes part in a clip's forward passes
-    and knows the clip (`self.clip`: its moment in the video, its seed, its prompt).
+    Speech and poses drive its clips where the settings name them, both at once if they do.
 
     Args:
         wan: the model.
@@ -118,9 +123,14 @@ class LongVideoMaker(VideoMaker):
                     self.first_handed = vae.encode(existing.end)[:, :, -self.variant.motion_latents :].cpu()
                 elif existing is not None:
                     self.first_handed = existing.end
+        self.speech = open_speech(wan) if settings.audio_path is not None else None
+        self.poses = open_poses(wan) if settings.pose_path is not None else None
+        if self.speech is not None:
+            self.audio_path, self.branches = settings.audio_path, BRANCHES
         self._has_svi = True  # whether SVI's LoRA is in the weights
         # Of the clip that is being made:
         self.clip: Clip | None = None
+        self._pose: PoseTokens | None = None
         self._condition: Tensor | None = None  # y, (1, 4 + C, F, h, w)
         self._last: Tensor | None = None  # its last frames, (1, 3, n, H, W)
 
@@ -169,6 +179,7 @@ class LongVideoMaker(VideoMaker):
         self.bars.begin_part(clip.index)
         self.use_svi(clip.index > 0 or not self.settings.first_clip_without_lora)
         self.prepare_condition(clip, handed, is_last=clip is store.clips[-1])
+        self._pose = embed_poses(self.wan, self.poses, clip) if self.poses is not None else None
         latents = self.denoise(Job(clip.prompt, clip.seed, job.output), store.state(clip))
         self.wan.release_transformers()
         if self.wan.processes.writes:
@@ -202,6 +213,13 @@ class LongVideoMaker(VideoMaker):
 
     def conditions(self) -> dict:
         return {"condition": self._condition}
+
+    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
+        return [*super().plugins(index, transformer), *([] if self._pose is None else [self._pose])]
+
+    def expert(self, job: Job, index: int, transformer: WanTransformer) -> Expert:
+        expert = super().expert(job, index, transformer)
+        return expert if self.speech is None else hear(self.wan, self.speech, self.clip, expert)
 
     def num_decoded(self, latents: Tensor) -> int:
         return len(self.clip.kept)
@@ -241,7 +259,9 @@ class LongVideoMaker(VideoMaker):
         lengths = [len(clip.kept) for clip in clips]
         before = [self.existing.info.num_frames] if self.existing is not None else [0]
         starts = numpy.cumsum(before + lengths).tolist()
+        driven = {"audio": self.speech and self.speech.sha256, "poses": self.poses and self.poses.sha256}
         return metadata | {
+            **{name: sha256 for name, sha256 in driven.items() if sha256 is not None},
             "pictures": self.picture_hashes,
             "clips": [
                 {"start": start, "frames": length, "seed": clip.seed, "prompt": clip.prompt}

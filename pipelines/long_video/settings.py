@@ -54,6 +54,7 @@ BOUNDS = {
 }
 EXPERT_SUFFIXES = ("_high", "_low")
 DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
+OF_POSE = ("pose_path", "pose_embedder_path")
 OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
 # Defaults of a driven variant that the tiny model takes over too.
 DRIVEN_DEFAULTS = ("prompt", "fps", "guidance_scale", "audio_guidance_scale")
@@ -140,6 +141,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     multitalk_path: str | None = None
     audio_guidance_scale: float | None = None
     pose_path: str | None = None  # of one driven by poses
+    pose_embedder_path: str | None = None  # None: in the file of the LoRA, or the released one
     remove_pose: bool = False  # they say how long the video is, and lead nothing
     video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
 
@@ -171,7 +173,13 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
 
     @property
     def driven_by(self) -> str | None:
+        """What the variant's LoRA was trained with beside prompts."""
         return self.svi.driven_by
+
+    @property
+    def drivers(self) -> tuple[str, ...]:
+        """What drives the clips beside prompts: nothing, the sound, the poses, or both."""
+        return tuple(driver for driver, name in DRIVERS.items() if getattr(self, name) is not None)
 
     def without_svi(self) -> "LongVideoSettings":
         """Without SVI's own LoRA, the first one of its flag (`with_svi_loras`)."""
@@ -224,6 +232,8 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         of_tiny = DRIVEN_DEFAULTS if Variant.of(args.variant).driven_by else ()
         defaults = variant_config(args.variant)["defaults"]
         brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
+    if not resumed and args.audio_path is not None and Variant.of(args.variant).driven_by == "pose":
+        brought |= {name: variant_config("talk")["defaults"][name] for name in ("fps", "audio_guidance_scale")}
     brought |= brought_defaults(args.lora_config)
     if args.prompt_path is not None:
         if args.prompt is not None:
@@ -310,29 +320,32 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
             raise UsageError(f"--{name} and --first_frame: the picture is made, at --height and --width; give one")
     if settings.first_frame is None and settings.face_index is not None:
         raise UsageError("--face_index: says whose face of --ip_image --first_frame shows; give that too")
-    check_driver(settings, variant, released["defaults"])
+    check_driver(settings, variant)
 
 
-def check_driver(settings: LongVideoSettings, variant: Variant, defaults: dict) -> None:
-    """What drives the clips is given, and nothing that drives others."""
+def check_driver(settings: LongVideoSettings, variant: Variant) -> None:
+    """What drives the clips is given, and nothing that drives others. A variant that speech or poses drive takes both:
+    their layers were made for one model.
+    """
     if variant.driven_by is not None and getattr(settings, DRIVERS[variant.driven_by]) is None:
         wanted = {"audio": "a sound file, or a video with sound", "pose": "a video of drawn poses"}[variant.driven_by]
         raise UsageError(f"--variant {variant.name} needs --{DRIVERS[variant.driven_by]}: {wanted}")
-    for driver, names in (("audio", OF_AUDIO), ("pose", ("pose_path",))):
+    for driver, names in (("audio", OF_AUDIO), ("pose", OF_POSE)):
         given = [name for name in names if getattr(settings, name) is not None]
-        if given and variant.driven_by != driver:
+        is_driven = variant.driven_by == driver or (variant.driven_by is not None and driver in settings.drivers)
+        if given and not is_driven:
             example = {"audio": "talk", "pose": "dance"}[driver]
             raise UsageError(
                 f"--{given[0]}: --variant {variant.name} is not driven by {driver}; use --variant {example}"
             )
-    if variant.driven_by == "audio":
-        if settings.fps != defaults["fps"]:
+    if "audio" in settings.drivers:
+        trained = variant_config("talk")["defaults"]["fps"]
+        if settings.fps != trained:
             raise UsageError(
-                f"--fps {settings.fps:g} with --variant {variant.name}: its audio layers were trained at "
-                f"{defaults['fps']}; leave it out"
+                f"--fps {settings.fps:g} with --audio_path: the audio layers were trained at {trained}; leave it out"
             )
         if settings.extend is not None:
-            raise UsageError(f"--extend with --variant {variant.name}: no sound can go on from a video's; leave it out")
+            raise UsageError("--extend with --audio_path: no sound can go on from a video's; leave it out")
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRAs
@@ -484,23 +497,25 @@ def limit_width(width: int, height: int, max_width: int) -> tuple[int, int]:
 
 
 def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideoSettings:
-    """As many clips as the sound or the poses last, and no frame more; of poses also the frame rate, where none is
-    given. More clips than that start over with the poses.
+    """As many clips as the sound, or without one the poses last, and no frame more; of poses alone also the frame rate,
+    where none is given. Poses that end before the video start over.
     """
-    variant = settings.svi
-    if variant.driven_by is None:
+    if not settings.drivers:
         return settings
-    if variant.driven_by == "audio":
+    if "audio" in settings.drivers:
         read_speech.cache_clear()  # of a run before, in a notebook
         length = AudioTimeline(len(read_speech(settings.audio_path)), settings.fps).num_frames
+        if "pose" in settings.drivers:
+            poses = probe_argument("--pose_path", settings.pose_path)
+            logger.info("--pose_path: a pose a frame, %d for %d frames of sound", poses.num_frames, length)
     else:
         poses = probe_argument("--pose_path", settings.pose_path)
         length = poses.num_frames
         if not rate_is_given and settings.extend is None:
             settings = dataclasses.replace(settings, fps=poses.fps)
-    needed = clips_for(length, variant.chain(settings.num_frames))
+    needed = clips_for(length, settings.svi.chain(settings.num_frames))
     num_clips = settings.num_clips or needed
-    if num_clips > needed and variant.driven_by == "audio":
+    if num_clips > needed and "audio" in settings.drivers:
         logger.warning("--num_clips %d: the sound lasts for %d, which are made", num_clips, needed)
         num_clips = needed
     elif num_clips > needed:
