@@ -26,6 +26,7 @@ from models.wan.transformer import WanTransformer
 from pipelines.distributed import start_processes
 from pipelines.long_video.settings import resolve_long_video, variant_config
 from pipelines.lora_settings import resolve_lora_settings
+from pipelines.stand_in import stand_in_parts
 from pipelines.wan import Wan
 from preprocess.record import read_metadata
 from preprocess.video import read_frames
@@ -431,7 +432,8 @@ def test_a_preset_brings_its_pair(tmp_path, monkeypatch):
     name = "lora-lightx2v-wan2.2-t2v"
     photo = str(PROJECT / "assets" / "face.png")
     flags = ["--ip_image", photo, "--prompt", "x", "--wan_version", "2.2", "--lora_config", name]
-    wan = Wan(*resolve_lora_settings(infer_with_lora.parse_args(flags)), start_processes("cpu"))
+    settings, config = resolve_lora_settings(infer_with_lora.parse_args(flags))
+    wan = Wan(settings, config, start_processes("cpu"), stand_in_parts(settings, config))
     with pytest.raises(WeightsError, match=f"download_models.py --only wan2.2-t2v-A14B stand-in-wan2.2 {name}$"):
         wan.use_loras(wan.settings.lora_files(2), live=False)  # says at once what else is not there
     files = touch_files(load_config(name))
