@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
 from pipelines.upstream import truth
 
 
@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--no_composite", action="store_true", default=None, help="write the whole picture as the model drew it"
     )
     swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
+    add_lora_arguments(parser)
     add_common_arguments(parser)
     add_likeness_arguments(parser)
     return parser.parse_args(argv)
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     if not (jobs := processes.own(jobs)):  # more processes than videos
         return []
     wan = Wan(settings, config, processes, stand_in_parts(settings, config))
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments
+from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     vace.add_argument("--window_frames", type=int, help="longer videos are made in windows of this length (81)")
     vace.add_argument("--window_overlap", type=int, help="frames that a window goes on from (9)")
+    add_lora_arguments(parser)
     add_common_arguments(parser)
     add_likeness_arguments(parser)
     return parser.parse_args(argv)
@@ -67,6 +68,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         return []
     wan = Wan(settings, config, processes, [*stand_in_parts(settings, config), vace_part(settings, config)])
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
+    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
     wan.check(jobs, at_once=replace(settings, num_frames=frames))
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

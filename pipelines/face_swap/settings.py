@@ -11,8 +11,9 @@ import numpy
 
 from configs import load_config
 from errors import ResourceError, UsageError
+from pipelines.lora_settings import LoraSettings, resolve_lora_settings
 from pipelines.networks import shape_of
-from pipelines.settings import PROJECT, Settings, resolve_settings
+from pipelines.settings import PROJECT
 from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe
 from preprocess.video_writer import write_video
@@ -24,7 +25,7 @@ LARGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
-class FaceSwapSettings(Settings):
+class FaceSwapSettings(LoraSettings):
     """`num_frames` is the length of one window; height, width and fps are the input video's."""
 
     input_video: str | None = None  # None: a clip made from the photo in assets/, for the tiny model only
@@ -51,7 +52,7 @@ def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInf
             "frames at --fps, faster or slower than they were filmed",
             args.fps,
         )
-    settings, config = resolve_settings(args, FaceSwapSettings)
+    settings, config = resolve_lora_settings(args, FaceSwapSettings, required=False)
     strength = settings.denoising_strength
     if not (isinstance(strength, int | float) and 0 < strength <= 1):
         raise UsageError(f"--denoising_strength {strength}: accepted are numbers above 0, to 1")

@@ -14,7 +14,8 @@ import numpy
 import psutil
 
 from errors import InputError, ResourceError, UsageError
-from pipelines.settings import Settings, check_pictures, check_values, is_record, resolve_settings
+from pipelines.lora_settings import LoraSettings, resolve_lora_settings
+from pipelines.settings import check_pictures, check_values, is_record
 from preprocess.image import read_image
 from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe, read_frames
@@ -28,8 +29,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaceSettings(Settings):
-    """What a VACE run adds to `Settings`. Photos of a person are optional here."""
+class VaceSettings(LoraSettings):
+    """What a VACE run adds to `LoraSettings`. Photos of a person are optional here."""
 
     ip_image: tuple[str, ...] = ()
     vace_path: str | None = None
@@ -46,7 +47,7 @@ class VaceSettings(Settings):
 
 
 def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
-    """`resolve_settings`, with the size, frames and rate of the control video.
+    """`resolve_lora_settings`, with the size, frames and rate of the control video.
 
     Raises:
         UsageError: values or combinations that make no sense.
@@ -56,7 +57,7 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
     if args.config is None:
         args.config = default_config(args)
     args.wan_version = None
-    settings, config = resolve_settings(args, VaceSettings)
+    settings, config = resolve_lora_settings(args, VaceSettings, required=False)
     if config.get("experts"):
         raise UsageError(
             f"--config {config['name']}: VACE was released for Wan2.1; use stand-in-wan2.1 or wan2.1-vace-*"
