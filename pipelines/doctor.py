@@ -30,7 +30,9 @@ from models.wan.checkpoint import SUFFIXES, headers_only, read_tensors, weight_f
 from pipelines.consis_id import pipeline as consis_id
 from pipelines.distributed import choose_device, has_conv3d_defect
 from pipelines.instant_id import pipeline as instant_id
-from pipelines.memory import GIB, Needs, choose_mode, free_bytes, needs_of_config
+from pipelines.memory import free_bytes
+from pipelines.needs import GIB, Needs, needs_of_config
+from pipelines.placement import choose_mode
 from pipelines.record import source_version
 from preprocess.ffmpeg import run_ffmpeg
 

@@ -36,21 +36,10 @@ from pipelines import tiny
 from pipelines.distributed import Processes, choose_device, shard_weights, split_sequence
 from pipelines.job_state import chosen_before
 from pipelines.jobs import Job
-from pipelines.memory import (
-    MODES,
-    TEXT_ENCODER,
-    Needs,
-    Placement,
-    check_host_memory,
-    check_memory,
-    choose_mode,
-    estimate_needs,
-    free_bytes,
-    free_cached,
-    offload_groups,
-    stage,
-)
+from pipelines.memory import check_host_memory, check_memory, free_bytes, free_cached, offload_groups, stage
+from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
 from pipelines.parts import Part, Reading, meta_transformer
+from pipelines.placement import Placement, choose_mode
 from pipelines.record import LEFT_OPEN, begun_as, describe_run
 from pipelines.settings import Settings, family_of
 from pipelines.weights import EXPERTS, WeightsFile, check_weights, face_files, found_or

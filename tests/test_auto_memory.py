@@ -14,7 +14,7 @@ import infer
 from errors import ResourceError
 from models.wan.float8 import STORAGE
 from models.wan.text_encoder import TextEncoder, text_encoder_from_tensors
-from pipelines import memory as memory_module
+from pipelines import placement
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
@@ -23,7 +23,9 @@ from pipelines.distributed import Processes, start_processes
 from pipelines.job_state import JobState, chosen_before
 from pipelines.jobs import list_jobs
 from pipelines.long_video.settings import LongVideoSettings
-from pipelines.memory import GIB, offload_groups, place
+from pipelines.memory import offload_groups
+from pipelines.needs import GIB
+from pipelines.placement import place
 from pipelines.record import begun_as
 from pipelines.settings import resolve_settings
 from pipelines.tiny import tiny_text_encoder
@@ -175,7 +177,7 @@ def test_huge_sizes_of_the_tiny_model_are_refused(monkeypatch):
 
 def test_ram_that_cannot_hold_the_waiting_weights_is_said_before_loading(gpu, monkeypatch):
     gpu("group")
-    monkeypatch.setattr(memory_module, "READING", 100 * GIB)
+    monkeypatch.setattr(placement, "READING", 100 * GIB)
     ram = type("Memory", (), {"total": 16 * GIB, "available": 8 * GIB})
     monkeypatch.setattr("psutil.virtual_memory", lambda: ram)
     monkeypatch.setattr("psutil.swap_memory", lambda: type("Swap", (), {"total": 0}))

@@ -22,7 +22,7 @@ from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker, decode_stream,
 from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
-from pipelines.memory import size_of
+from pipelines.needs import size_of
 from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
 from tests.streamed_offload import stream_group_offloading

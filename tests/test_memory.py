@@ -19,21 +19,9 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE
 from models.wan.vae_layers import StreamState
 from pipelines import pinned
-from pipelines.memory import (
-    GIB,
-    LADDER,
-    MODES,
-    Needs,
-    VaeCost,
-    check_memory,
-    choose_mode,
-    estimate_needs,
-    needs_of_config,
-    next_mode,
-    place,
-    place_pipeline,
-    table,
-)
+from pipelines.memory import check_memory, place_pipeline, table
+from pipelines.needs import GIB, MODES, Needs, VaeCost, estimate_needs, needs_of_config
+from pipelines.placement import LADDER, choose_mode, next_mode, place
 from pipelines.settings import resolve_settings
 from tests import tiny
 

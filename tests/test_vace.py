@@ -25,7 +25,7 @@ from models.wan.tea_cache import TeaCache
 from pipelines.denoise import POSITIVE, Expert, denoise, no_guidance
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
-from pipelines.memory import MODES
+from pipelines.needs import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
 from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.vace.part import vace_part

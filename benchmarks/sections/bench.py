@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from models.wan.config import VARIANTS, WanConfig
-from pipelines.memory import Needs, estimate_needs
+from pipelines.needs import Needs, estimate_needs
 
 logger = logging.getLogger("selfsame")
 

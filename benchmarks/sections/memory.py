@@ -15,7 +15,8 @@ from benchmarks.sections.models import (
     step_needs,
 )
 from models.wan.config import WanConfig
-from pipelines.memory import MODES, offload_groups
+from pipelines.memory import offload_groups
+from pipelines.needs import MODES
 
 COPYING = 3e9  # bytes/s, from below, at which weights go to the host or come back
 

@@ -44,16 +44,9 @@ from pipelines.consis_id.face import FaceCondition, antelopv2_path, face_network
 from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
-from pipelines.memory import (
-    Needs,
-    check_memory,
-    choose_mode,
-    free_bytes,
-    free_cached,
-    offload_groups,
-    size_of,
-    stage,
-)
+from pipelines.memory import check_memory, free_bytes, free_cached, offload_groups, stage
+from pipelines.needs import Needs, size_of
+from pipelines.placement import choose_mode
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights

@@ -38,7 +38,8 @@ from pipelines.instant_id.settings import (
     sdxl_path,
 )
 from pipelines.jobs import Job
-from pipelines.memory import Needs, free_cached, needs_of_parts, place_pipeline, stage
+from pipelines.memory import free_cached, place_pipeline, stage
+from pipelines.needs import Needs, needs_of_parts
 from pipelines.record import describe_run
 from pipelines.wan import DTYPES
 from pipelines.weights import WeightsFile, check_weights, face_files

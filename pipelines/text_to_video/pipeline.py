@@ -22,7 +22,8 @@ from pipelines.conditions import image_to_clip, initial_noise
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, NonFiniteLatentsError, Step, denoise, two_branch
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
-from pipelines.memory import is_out_of_memory, next_mode, stage
+from pipelines.memory import is_out_of_memory, stage
+from pipelines.placement import next_mode
 from pipelines.record import progress_of
 from pipelines.settings import Settings
 from pipelines.stand_in import within_steps
