@@ -36,10 +36,11 @@ from pipelines.arguments import (
     add_likeness_arguments,
     add_picture_arguments,
 )
+from pipelines.flags import Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
     add_common_arguments(parser)
     add_image_to_video_arguments(parser)

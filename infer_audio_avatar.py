@@ -20,11 +20,12 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
+from pipelines.flags import Parser
 from pipelines.upstream import STABLE_AVATAR, add_flags_without_effect
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     avatar = parser.add_argument_group("talking avatar (second names are upstream's)")
     avatar.add_argument("--reference_image", "--validation_reference_path", metavar="PHOTO", help="path or URL")
     avatar.add_argument("--audio", "--validation_driven_audio_path", metavar="FILE", help="audio file, or a video's")

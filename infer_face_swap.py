@@ -19,11 +19,12 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
+from pipelines.flags import Parser
 from pipelines.upstream import truth
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     swap = parser.add_argument_group("face swap")
     swap.add_argument("--input_video", metavar="FILE", help="the video whose face is replaced")
     swap.add_argument(

@@ -35,13 +35,14 @@ from pipelines.arguments import (
     add_instant_id_arguments,
     add_lora_arguments,
 )
+from pipelines.flags import Parser
 from pipelines.upstream import add_svi_arguments, samples_of
 
 logger = logging.getLogger("selfsame")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     long = parser.add_argument_group("long video")
     long.add_argument("--variant", help="one of the above, or a .yaml like configs/svi-*.yaml (shot)")
     long.add_argument("--ref_image_path", metavar="PICTURE", help="first frame and anchor; of a video its first frame")

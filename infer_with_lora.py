@@ -20,10 +20,11 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
+from pipelines.flags import Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_lora_arguments(parser)
     add_common_arguments(parser)
     add_likeness_arguments(parser)

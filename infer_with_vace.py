@@ -17,10 +17,11 @@ from pathlib import Path
 
 from errors import run_script
 from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
+from pipelines.flags import Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     vace = parser.add_argument_group("control")
     vace.add_argument("--vace_path", help="VACE weights, file or folder; alone or with their base (else --base_path)")
     vace.add_argument("--reference_video", metavar="VIDEO", help="control: pose, depth, sketch, or a video to paint in")
