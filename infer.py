@@ -33,10 +33,10 @@ from pipelines.arguments import (
     add_consis_id_arguments,
     add_image_to_video_arguments,
     add_instant_id_arguments,
-    add_likeness_arguments,
     add_picture_arguments,
 )
-from pipelines.flags import Parser
+from pipelines.flags import Parser, add_flags
+from pipelines.settings import LikenessSettings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_instant_id_arguments(parser)
     add_picture_arguments(parser)
     add_consis_id_arguments(parser)
-    add_likeness_arguments(parser)
+    add_flags(parser, LikenessSettings, "likeness")
     return parser.parse_args(argv)
 
 

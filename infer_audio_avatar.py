@@ -19,8 +19,10 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
-from pipelines.flags import Parser
+from pipelines.arguments import add_common_arguments
+from pipelines.flags import Parser, add_flags
+from pipelines.lora_settings import LoraSettings
+from pipelines.settings import LikenessSettings
 from pipelines.upstream import STABLE_AVATAR, add_flags_without_effect
 
 
@@ -51,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     avatar.add_argument("--fsdp_dit", action="store_true", default=None, help="shard the weights over the processes")
     avatar.add_argument("--identity", "--ip_image", nargs="+", help="not here: Stand-In is for text-to-video models")
     avatar.add_argument("--face_index", type=int, help="whose likeness is measured, from the left (the largest face)")
-    add_lora_arguments(parser)
+    add_flags(parser, LoraSettings, "LoRA")
     add_common_arguments(parser, identity=False)
-    add_likeness_arguments(parser)
+    add_flags(parser, LikenessSettings, "likeness")
     upstream = parser.add_argument_group("upstream's names")
     upstream.add_argument("--validation_prompts", dest="prompt", nargs="+", action="extend", help="--prompt")
     upstream.add_argument("--sample_steps", dest="num_inference_steps", type=int, help="--num_inference_steps (50)")

@@ -18,8 +18,10 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
-from pipelines.flags import Parser
+from pipelines.arguments import add_common_arguments
+from pipelines.flags import Parser, add_flags
+from pipelines.lora_settings import LoraSettings
+from pipelines.settings import LikenessSettings
 from pipelines.upstream import truth
 
 
@@ -42,9 +44,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--no_composite", action="store_true", default=None, help="write the whole picture as the model drew it"
     )
     swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
-    add_lora_arguments(parser)
+    add_flags(parser, LoraSettings, "LoRA")
     add_common_arguments(parser)
-    add_likeness_arguments(parser)
+    add_flags(parser, LikenessSettings, "likeness")
     return parser.parse_args(argv)
 
 

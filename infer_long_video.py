@@ -29,13 +29,9 @@ import logging
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import (
-    add_common_arguments,
-    add_first_frame_arguments,
-    add_instant_id_arguments,
-    add_lora_arguments,
-)
-from pipelines.flags import Parser
+from pipelines.arguments import add_common_arguments, add_first_frame_arguments, add_instant_id_arguments
+from pipelines.flags import Parser, add_flags
+from pipelines.lora_settings import LoraSettings
 from pipelines.upstream import add_svi_arguments, samples_of
 
 logger = logging.getLogger("selfsame")
@@ -81,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     start.add_argument("--face_index", type=int, help="which face of it, from the left (default: the largest)")
     add_first_frame_arguments(start)
     add_instant_id_arguments(parser)
-    add_lora_arguments(parser)
+    add_flags(parser, LoraSettings, "LoRA")
     add_common_arguments(parser, identity=False)
     return parser.parse_args(argv)
 

@@ -19,15 +19,17 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
-from pipelines.flags import Parser
+from pipelines.arguments import add_common_arguments
+from pipelines.flags import Parser, add_flags
+from pipelines.lora_settings import LoraSettings
+from pipelines.settings import LikenessSettings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add_lora_arguments(parser)
+    add_flags(parser, LoraSettings, "LoRA")
     add_common_arguments(parser)
-    add_likeness_arguments(parser)
+    add_flags(parser, LikenessSettings, "likeness")
     return parser.parse_args(argv)
 
 

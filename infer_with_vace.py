@@ -16,31 +16,19 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_likeness_arguments, add_lora_arguments
-from pipelines.flags import Parser
+from pipelines.arguments import add_common_arguments
+from pipelines.flags import Parser, add_flags
+from pipelines.lora_settings import LoraSettings
+from pipelines.settings import LikenessSettings
+from pipelines.vace.settings import VaceSettings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    vace = parser.add_argument_group("control")
-    vace.add_argument("--vace_path", help="VACE weights, file or folder; alone or with their base (else --base_path)")
-    vace.add_argument("--reference_video", metavar="VIDEO", help="control: pose, depth, sketch, or a video to paint in")
-    vace.add_argument("--reference_mask", metavar="FILE", help="video or picture; white is made, black is kept")
-    vace.add_argument(
-        "--reference_image", nargs="+", action="extend", metavar="PICTURE", help="things to show, in this order"
-    )
-    vace.add_argument("--vace_scale", type=float, help="of the control: 1 as trained, 0 none (1; with --ip_image 0.8)")
-    vace.add_argument(
-        "--resample_control",
-        action="store_true",
-        default=None,
-        help="spread --num_frames frames over the whole control video, at most as large as the model's size",
-    )
-    vace.add_argument("--window_frames", type=int, help="longer videos are made in windows of this length (81)")
-    vace.add_argument("--window_overlap", type=int, help="frames that a window goes on from (9)")
-    add_lora_arguments(parser)
+    add_flags(parser, VaceSettings, "control")
+    add_flags(parser, LoraSettings, "LoRA")
     add_common_arguments(parser)
-    add_likeness_arguments(parser)
+    add_flags(parser, LikenessSettings, "likeness")
     return parser.parse_args(argv)
 
 

@@ -96,13 +96,6 @@ def add_consis_id_arguments(parser: argparse.ArgumentParser) -> None:
     consis_id.add_argument("--face_select", help="one: one face for all networks; upstream: the authors' two rules")
 
 
-def add_likeness_arguments(parser: argparse.ArgumentParser) -> None:
-    """The face score as a gate; `pipelines.scoring`."""
-    score = parser.add_argument_group("likeness")
-    score.add_argument("--min_face_score", type=float, help="ArcFace cosine to the photo; below it, try the next seed")
-    score.add_argument("--max_retries", type=int, help="further seeds to try, then the best is kept (3)")
-
-
 def add_instant_id_arguments(parser: argparse.ArgumentParser) -> None:
     """Pictures by InstantID; `pipelines.instant_id.settings` has their defaults and rules."""
     identity = parser.add_argument_group("InstantID (pictures, and first frames of videos)")
@@ -150,17 +143,3 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument(
         "--prompt_weighting", action="store_true", default=None, help="understand (word), [word] and (word:1.4)"
     )
-
-
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """LoRAs on top of the base model; `pipelines.lora_settings.LoraSettings` has their defaults and rules."""
-    lora = parser.add_argument_group("LoRA")
-    for expert, which in (("", "of every expert"), ("_high", "of Wan2.2's high-noise expert"), ("_low", "low-noise")):
-        path, scale = f"--lora_path{expert}", f"--lora_scale{expert}"
-        lora.add_argument(path, nargs="+", action="extend", metavar="FILE", help=f"{which}; repeatable")
-        lora.add_argument(scale, nargs="+", action="extend", type=float, metavar="S", help="one for all, or each (1)")
-    lora.add_argument("--lora_config", metavar="NAME", help="how a distilled LoRA wants to be sampled: of configs/")
-    lora.add_argument("--lora_mode", help="merged, live, auto (merged; live with --fp8, --lora_start or --lora_end)")
-    lora.add_argument("--lora_start", type=float, help="share of the steps before the LoRAs set in (0)")
-    lora.add_argument("--lora_end", type=float, help="share of the steps after which they are off (1)")
-    lora.add_argument("--lora_partial", action="store_true", default=None, help="leave out keys that do not apply")

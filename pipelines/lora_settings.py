@@ -6,13 +6,11 @@ from pathlib import Path
 
 from configs import known_configs, load_config, part_path
 from errors import UsageError
-from pipelines.settings import Settings, check_values, resolve_settings
+from pipelines.flags import setting
+from pipelines.settings import Settings, resolve_settings
 
 MODES = ("auto", "merged", "live")
-BOUNDS = {
-    **dict.fromkeys(("lora_scale", "lora_scale_high", "lora_scale_low"), (-10, 10)),  # sliders are used below 0 too
-    **dict.fromkeys(("lora_start", "lora_end"), (0, 1)),  # shares of the steps
-}
+SCALE = {"low": -10, "high": 10, "metavar": "S"}  # sliders are used below 0 too
 
 
 @dataclass(frozen=True)
@@ -22,17 +20,17 @@ class LoraSettings(Settings):
     A scale is one number for all paths of its flag, or one a path.
     """
 
-    lora_path: tuple[str, ...] = ()
-    lora_scale: tuple[float, ...] = (1.0,)
-    lora_path_high: tuple[str, ...] = ()
-    lora_scale_high: tuple[float, ...] = (1.0,)
-    lora_path_low: tuple[str, ...] = ()
-    lora_scale_low: tuple[float, ...] = (1.0,)
-    lora_config: str | None = None
-    lora_mode: str = "auto"
-    lora_partial: bool = False
-    lora_start: float = 0.0
-    lora_end: float = 1.0
+    lora_path: tuple[str, ...] = setting("of every expert; repeatable", (), metavar="FILE")
+    lora_scale: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
+    lora_path_high: tuple[str, ...] = setting("of Wan2.2's high-noise expert; repeatable", (), metavar="FILE")
+    lora_scale_high: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
+    lora_path_low: tuple[str, ...] = setting("of its low-noise expert; repeatable", (), metavar="FILE")
+    lora_scale_low: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
+    lora_config: str | None = setting("how a distilled LoRA wants to be sampled: of configs/", None, metavar="NAME")
+    lora_mode: str = setting("auto: merged; live with --fp8, --lora_start or --lora_end", "auto", choices=MODES)
+    lora_partial: bool = setting("leave out keys that do not apply", False)
+    lora_start: float = setting("share of the steps before the LoRAs set in", 0.0, low=0, high=1)
+    lora_end: float = setting("share of the steps after which they are off", 1.0, low=0, high=1)
 
     @property
     def live_loras(self) -> bool:
@@ -103,7 +101,6 @@ def resolve_lora_settings(
 
 def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -> None:
     """Files, scales and mode. Raises as `resolve_lora_settings`."""
-    check_values(settings, BOUNDS, {"lora_mode": MODES})
     for which in ("", "_high", "_low"):
         paths, scales = getattr(settings, f"lora_path{which}"), getattr(settings, f"lora_scale{which}")
         if len(scales) not in (1, len(paths)):

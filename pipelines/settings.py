@@ -21,6 +21,7 @@ from configs.values import describe, is_possible_text, nearest, short, typed
 from errors import InputError, UsageError, UserError, WeightsError
 from models.wan.config import WanConfig
 from models.wan.tea_cache import COEFFICIENTS, coefficients_of
+from pipelines.flags import check_bounds, setting
 from pipelines.networks import check_networks, shape_of
 from pipelines.record import OF_ONE_RUN
 from pipelines.weights import find_gguf
@@ -61,8 +62,6 @@ BOUNDS = {
     "ulysses_degree": (1, 1024),
     "ring_degree": (1, 1024),
     "timesteps": (1, 1000),
-    "min_face_score": (-1, 1),
-    "max_retries": (0, 100),
 }
 Kind = TypeVar("Kind")  # a dataclass of settings
 PROJECT = Path(__file__).parent.parent
@@ -90,8 +89,10 @@ MAY_BE_EMPTY = ("ip_image",)  # beside the lists that are empty by default
 class LikenessSettings:
     """What `pipelines.scoring` wants to know, for settings that have an `antelopv2_path` and a `face_index` too."""
 
-    min_face_score: float | None = None  # ArcFace cosine; None: measure only
-    max_retries: int = 3  # further seeds to try while the score is below
+    min_face_score: float | None = setting(
+        "ArcFace cosine to the photo; below it, try the next seed", None, low=-1, high=1, shown="measure only"
+    )
+    max_retries: int = setting("further seeds to try, then the best is kept", 3, low=0, high=100)
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ def merge_settings(args: Namespace, kind: type[Kind], brought: Mapping[str, obje
             if text is not None and (name, name in given) != ("prompt", True):  # those of --prompt are checked by now
                 check_prompt(text, f"--{name}", may_be_empty=name != "prompt")
     settings = kind(**values)
+    check_bounds(settings)
     check_formats(settings)
     return settings, config
 

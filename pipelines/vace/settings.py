@@ -14,8 +14,9 @@ import numpy
 import psutil
 
 from errors import InputError, ResourceError, UsageError
+from pipelines.flags import setting
 from pipelines.lora_settings import LoraSettings, resolve_lora_settings
-from pipelines.settings import check_pictures, check_values, is_record
+from pipelines.settings import check_pictures, is_record
 from preprocess.image import read_image
 from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe, read_frames
@@ -33,14 +34,21 @@ class VaceSettings(LoraSettings):
     """What a VACE run adds to `LoraSettings`. Photos of a person are optional here."""
 
     ip_image: tuple[str, ...] = ()
-    vace_path: str | None = None
-    reference_video: str | None = None
-    reference_mask: str | None = None
-    reference_image: tuple[str, ...] = ()
-    vace_scale: float | None = None  # None: 1; with an identity BESIDE_IDENTITY
-    resample_control: bool = False
-    window_frames: int = 81  # what the released models were trained on
-    window_overlap: int = 9
+    vace_path: str | None = setting(
+        "VACE weights, file or folder; alone or with their base (else --base_path)", None, metavar="PATH"
+    )
+    reference_video: str | None = setting("control: pose, depth, sketch, or a video to paint in", None, metavar="VIDEO")
+    reference_mask: str | None = setting("video or picture; white is made, black is kept", None, metavar="FILE")
+    reference_image: tuple[str, ...] = setting("things to show, in this order", (), metavar="PICTURE")
+    vace_scale: float | None = setting(
+        "of the control: 1 as trained, 0 none", None, low=0, high=10, shown=f"1; with --ip_image {BESIDE_IDENTITY:g}"
+    )
+    resample_control: bool = setting(
+        "spread --num_frames frames over the whole control video, at most as large as the model's size", False
+    )
+    # The released models were trained on 81 frames.
+    window_frames: int = setting("longer videos are made in windows of this length", 81, low=1, high=4093)
+    window_overlap: int = setting("frames that a window goes on from", 9, low=1, high=4093)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -64,7 +72,6 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         )
     if settings.vace_scale is None:
         settings = dataclasses.replace(settings, vace_scale=BESIDE_IDENTITY if settings.stand_in_photos else 1.0)
-    check_values(settings, {"vace_scale": (0, 10), **dict.fromkeys(WINDOWS, (1, 4093))}, {})
     for name in WINDOWS:
         if getattr(settings, name) % 4 != 1:
             raise UsageError(f"--{name} {getattr(settings, name)}: accepted are 1, 5, 9, … (4n+1)")
