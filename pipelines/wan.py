@@ -14,10 +14,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from configs import download_command
-from errors import ResourceError, UsageError, WeightsError
-from models.lora import Lora, attach_loras, lora_changes, merge_loras, read_lora, switch_loras
+from errors import ResourceError, WeightsError
+from models.lora import Lora, read_lora, switch_loras
 from models.wan import image_encoder, text_encoder, vae
-from models.wan.attention import FLASH_PACKAGES, choose_flash, try_backend, usable_backends
 from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import use_float8
@@ -33,9 +32,11 @@ from models.wan.text_encoder import (
 from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE, load_vae
 from pipelines import tiny
+from pipelines.attention_choice import choose_backend, set_backend, try_chosen, warn_without_flash
 from pipelines.distributed import Processes, choose_device, shard_weights, split_sequence
 from pipelines.job_state import chosen_before
 from pipelines.jobs import Job
+from pipelines.loras import Loras
 from pipelines.memory import check_host_memory, check_memory, free_bytes, free_cached, offload_groups, stage
 from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
 from pipelines.parts import Part, Reading, meta_transformer
@@ -72,7 +73,7 @@ class Wan:
         # Of `auto` this is the guess until `check` decides; one memory has nothing to move.
         self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
         self.placement: Placement | None = None
-        self.attention_backend = self.choose_attention_backend()
+        self.attention_backend = choose_backend(settings, self.transformer_config, self.dtype, processes)
         self._with_transformer = next((part for part in self.parts if part.load_both is not None), None)
         self.is_tiny = bool(config.get("tiny")) and settings.base_path is None and self._with_transformer is None
         self._transformers: dict[int, WanTransformer] = {}
@@ -80,8 +81,7 @@ class Wan:
         self._expert = 0  # whose transformer was asked for last
         self._vae: WanVAE | None = None
         self._image_encoder: ImageEncoder | None = None
-        self._loras: dict[int, list[tuple[Lora, float]]] = {}  # expert -> LoRAs and their scales
-        self._live_loras, self._lora_steps = False, (0.0, 1.0)
+        self.loras = Loras()
         self._checked_files = False
 
     # ------------------------------------------------------------------------------------------------ where files are
@@ -345,8 +345,8 @@ class Wan:
         """What decides the frames (fp8, tiles) becomes a setting, and so part of the record; the rest does not."""
         self.placement, self.memory = placement, placement.memory
         self.settings = replace(self.settings, fp8=placement.fp8, tiled=placement.tiled)
-        if self._loras:  # they run beside weights in float8
-            self._live_loras = self.settings.live_loras
+        if self.loras.of_experts:  # they run beside weights in float8
+            self.loras = replace(self.loras, live=self.settings.live_loras)
 
     def check_files(self, further: Sequence[WeightsFile] = ()) -> None:
         """Say all that is missing or wrong before anything is loaded.
@@ -486,7 +486,7 @@ class Wan:
         if expert not in self._transformers:
             self._transformers[expert] = self._load_transformer(expert)
         self._expert, transformer = expert, self._transformers[expert]
-        if self._live_loras and any(lora.pairs for lora, _ in self._loras[expert]):
+        if self.loras.are_switched(expert):
             switch_loras(transformer, with_loras)
         return transformer.to(self.device) if self.memory == "model" else transformer
 
@@ -527,7 +527,8 @@ class Wan:
         """A transformer with its LoRAs, and the layers beside it."""
         # No device has to hold a model whole that is sharded.
         device = self.device if self.memory in ("resident", "model") and not self.shards_weights else None
-        reading = Reading(expert, self.dtype, device, bool(self.settings.fp8), self._changes(expert))
+        fp8 = bool(self.settings.fp8)
+        reading = Reading(expert, self.dtype, device, fp8, self.loras.changes(expert, fp8, self.device))
         layers: dict[str, ModelMixin] = {}
         if self._with_transformer is not None:
             transformer, layers[self._with_transformer.name] = self._with_transformer.load_both(reading)
@@ -540,13 +541,7 @@ class Wan:
             self._place(model)
         self._layers[expert] = layers
         # Before hooks move the weights. What is merged into float8 weights was merged as they were read.
-        if loras := self._loras.get(expert):
-            if self._live_loras and self.settings.fp8:
-                loras = [(replace(lora, full={}), scale) for lora, scale in loras]
-            if self._live_loras:
-                attach_loras(transformer, loras)
-            elif not self.settings.fp8:
-                merge_loras(transformer, loras, self.device)
+        self.loras.apply(transformer, expert, reading.fp8, self.device)
         self._place(transformer)
         return transformer
 
@@ -572,18 +567,11 @@ class Wan:
             hint=self.hint(self.base),
         ).requires_grad_(False)
 
-    def _changes(self, expert: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What is merged as weights are read: into float8 alone, which small changes would not survive later."""
-        loras = self._loras.get(expert, []) if self.settings.fp8 else []
-        if self._live_loras:
-            loras = [(replace(lora, pairs={}), scale) for lora, scale in loras]
-        return lora_changes(loras, self.device)
-
     def _place(self, transformer: WanTransformer) -> None:
         """Prepare a transformer (or a branch beside it) to run as the settings say."""
         if self.shards_weights and isinstance(transformer, WanTransformer):
             shard_weights(transformer, self.device)
-        self._set_attention_backend(transformer)
+        set_backend(transformer, self.attention_backend)
         if self.processes.context_parallel:
             split_sequence(transformer, self.settings.ulysses_degree, self.settings.ring_degree, self.device)
         if self.settings.fp8:  # layers beside a transformer that were read without
@@ -619,14 +607,8 @@ class Wan:
             self.check_files()
         shape = meta_transformer(self.transformer_config)
         read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
-        self._loras = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
-        for path, lora in read.items():
-            if lora.full and steps != (0, 1):
-                raise UsageError(
-                    f"--lora_start, --lora_end: {path} changes {len(lora.full)} weights in full "
-                    f"({next(iter(lora.full))}, …), which cannot be switched off; leave them out"
-                )
-        self._live_loras, self._lora_steps = live, steps
+        of_experts = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
+        self.loras = Loras(of_experts, live, steps)
         if self._transformers:
             self._transformers.clear()
             self._layers.clear()
@@ -637,40 +619,18 @@ class Wan:
         return read_lora(path, shape, partial, key, self.settings.unused_lora_keys)
 
     def with_loras(self, step: int, num_steps: int) -> bool:
-        """Whether the LoRAs work at this step of so many; the ends of their range are rounded to whole steps."""
-        start, end = (round(share * num_steps) for share in self._lora_steps)
-        return start <= step < end
+        """Whether the LoRAs work at this step of so many."""
+        return self.loras.work_at(step, num_steps)
 
     def lora_bytes(self, memory: str | None = None, fp8: bool = False) -> int:
         """What live LoRAs add to the device memory under a memory mode, by default the present one.
 
         fp8: beside float8 weights, where they are live unless they were asked to be merged.
         """
-        if not self._loras or not (replace(self.settings, fp8=True).live_loras if fp8 else self._live_loras):
+        settings = self.settings
+        if not self.loras.of_experts or not (replace(settings, fp8=True).live_loras if fp8 else self.loras.live):
             return 0
-        of_experts = [
-            sum(pair.down.numel() + pair.up.numel() for lora, _ in loras for pair in lora.pairs.values())
-            for loras in self._loras.values()
-        ]
-        largest = max(of_experts)
-        values = {
-            "resident": sum(of_experts),
-            "model": largest,
-            "group": 2 * largest // self.transformer_config.num_layers,
-            "sequential": 0,
-        }[memory or self.memory]
-        return values * self.dtype.itemsize
-
-    def choose_attention_backend(self) -> str:
-        """What `--attention_backend auto` means here: PyTorch's own choice, but for models whose authors ask for flash
-        attention, and for ring attention, which needs a kernel that tells its log-sum-exp.
-        """
-        settings, shape = self.settings, self.transformer_config
-        if settings.attention_backend != "auto":
-            return settings.attention_backend
-        if not settings.wants_flash and settings.ring_degree == 1:
-            return "native"
-        return choose_flash(self.device, self.dtype, shape.dim // shape.num_heads, self.processes.context_parallel)
+        return self.loras.num_bytes(memory or self.memory, self.transformer_config.num_layers, self.dtype.itemsize)
 
     def check_attention_backend(self) -> None:
         """Attend once by the chosen backend, before minutes go into loading; and say so if that is not the one which
@@ -679,36 +639,16 @@ class Wan:
         Raises:
             UsageError: it does not run here.
         """
-        name, shape = self.attention_backend, self.transformer_config
-        asked = self.settings.attention_backend
-        if self.settings.wants_flash and asked == "auto" and name not in FLASH_PACKAGES and not self.is_tiny:
-            logger.warning(
-                "flash_attn does not run here: attention runs on %s. SVI's authors say that without it the mouth shows "
-                "artefacts after 16 s; on an NVIDIA GPU: pip install flash-attn --no-build-isolation",
-                "PyTorch's own kernels" if name == "native" else "PyTorch's flash kernel",
-            )
-        try:
-            if name != "native" and not name.endswith("_hub"):
-                try_backend(name, self.device, self.dtype, shape.num_heads, shape.dim // shape.num_heads)
-        except ValueError as error:
-            usable = ", ".join(usable_backends(self.device, self.dtype))
-            raise UsageError(
-                f"--attention_backend {name}: does not run on {self.device} in {self.dtype} ({error}); "
-                f"what does: {usable}"
-            ) from error
+        if not self.is_tiny:
+            warn_without_flash(self.settings, self.attention_backend)
+        try_chosen(self.attention_backend, self.transformer_config, self.dtype, self.device)
 
     def use_attention_backend(self, name: str) -> None:
         """Run attention on another of diffusers' backends from now on."""
         self.attention_backend = name
         for expert, transformer in self._transformers.items():
             for model in (transformer, *self._layers[expert].values()):
-                self._set_attention_backend(model)
-
-    def _set_attention_backend(self, transformer: WanTransformer) -> None:
-        try:
-            transformer.set_attention_backend(self.attention_backend)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise UsageError(f"--attention_backend {self.attention_backend}: {error}") from error
+                set_backend(model, name)
 
     def use_memory_mode(self, memory: str) -> None:
         """Go on under another memory mode: transformers are loaded again under it."""

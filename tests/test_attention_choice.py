@@ -29,7 +29,7 @@ def runs(monkeypatch) -> set[str]:
             raise ValueError("it is not here")
 
     monkeypatch.setattr(attention, "try_backend", try_backend)
-    monkeypatch.setattr("pipelines.wan.try_backend", try_backend)
+    monkeypatch.setattr("pipelines.attention_choice.try_backend", try_backend)
     return found
 
 

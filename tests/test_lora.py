@@ -552,7 +552,7 @@ def test_weights_loaded_again_after_out_of_memory_are_changed_again(tmp_path, re
 
 def test_fp8_computes_beside_the_weights(tmp_path, files, monkeypatch):
     calls = []
-    monkeypatch.setattr("pipelines.wan.attach_loras", lambda *args: calls.append(attach_loras(*args)))
+    monkeypatch.setattr("pipelines.loras.attach_loras", lambda *args: calls.append(attach_loras(*args)))
     live = make(tmp_path / "live.mp4", "--fp8", "--lora_path", files["a"])
     assert len(calls) == 1
     merged = make(tmp_path / "merged.mp4", "--fp8", "--lora_path", files["a"], "--lora_mode", "merged")

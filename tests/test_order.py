@@ -54,7 +54,7 @@ def test_loras_are_known_before_memory_is_asked_about(monkeypatch, name):
     known = []
 
     def needs(self, *args):
-        known.extend(self._loras[0])
+        known.extend(self.loras.of_experts[0])
         raise ReachedError
 
     monkeypatch.setattr(Wan, "needs", needs)
