@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,19 +14,15 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from configs import download_command
-from errors import ResourceError, WeightsError
+from errors import ResourceError
 from models.lora import Lora, read_lora, switch_loras
-from models.wan import image_encoder, text_encoder, vae
-from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
-from models.wan.config import VARIANTS, WanConfig
+from models.wan.checkpoint import load_transformer
+from models.wan.config import WanConfig
 from models.wan.float8 import use_float8
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
 from models.wan.slots import Plugin
 from models.wan.text_encoder import (
-    TOKENIZER_FILES,
     TextEncoder,
-    check_tokenizer,
-    find_tokenizer,
     load_text_encoder,
 )
 from models.wan.transformer import WanTransformer
@@ -38,12 +34,13 @@ from pipelines.job_state import chosen_before
 from pipelines.jobs import Job
 from pipelines.loras import Loras
 from pipelines.memory import check_host_memory, check_memory, free_bytes, free_cached, offload_groups, stage
+from pipelines.model_files import ModelFiles
 from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.placement import Placement, choose_mode
 from pipelines.record import LEFT_OPEN, begun_as, describe_run
 from pipelines.settings import Settings, family_of
-from pipelines.weights import EXPERTS, WeightsFile, check_weights, face_files, found_or
+from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.progress_bars import ProgressBars
 
 logger = logging.getLogger("selfsame")
@@ -64,6 +61,7 @@ class Wan:
 
     def __init__(self, settings: Settings, config: dict, processes: Processes, parts: Sequence[Part] = ()):
         self.settings, self.config, self.processes, self.parts = settings, config, processes, tuple(parts)
+        self.files = ModelFiles(settings, config, parts)
         self.device = processes.device
         self.noise_device = choose_device(settings.noise_device, "--noise_device")
         on_cpu = self.device.type == "cpu"
@@ -74,8 +72,7 @@ class Wan:
         self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
         self.placement: Placement | None = None
         self.attention_backend = choose_backend(settings, self.transformer_config, self.dtype, processes)
-        self._with_transformer = next((part for part in self.parts if part.load_both is not None), None)
-        self.is_tiny = bool(config.get("tiny")) and settings.base_path is None and self._with_transformer is None
+        self.is_tiny = bool(config.get("tiny")) and settings.base_path is None and self.files.with_transformer is None
         self._transformers: dict[int, WanTransformer] = {}
         self._layers: dict[int, dict[str, ModelMixin]] = {}  # expert -> parts that are moved and freed with it
         self._expert = 0  # whose transformer was asked for last
@@ -84,156 +81,24 @@ class Wan:
         self.loras = Loras()
         self._checked_files = False
 
-    # ------------------------------------------------------------------------------------------------ where files are
-
-    @property
-    def base(self) -> dict:
-        """The config of the base model, below an identity's own."""
-        if release := next((part.release for part in self.parts if part.release is not None), None):
-            return release
-        config = self.config
-        while "transformer" not in config.get("files", {}) and config.get("base"):
-            config = config["base"]
-        return config
-
-    @property
-    def base_path(self) -> Path:
-        """Where the model's parts are looked for, but for those that have a place of their own."""
-        folder = next((part.folder for part in self.parts if part.folder is not None), None)
-        return Path(self.settings.base_path or folder or Path("checkpoints") / self.base.get("dest", ""))
-
-    def hint(self, config: dict) -> str:
-        return download_command(config)
-
     @property
     def transformer_config(self) -> WanConfig:
-        return VARIANTS[self.config["variant"]] if "variant" in self.config else WanConfig(**self.config["transformer"])
+        return self.files.transformer_config
 
     @property
     def num_experts(self) -> int:
-        return len(self.config.get("experts") or (None,))
-
-    def transformer_path(self, expert: int) -> Path:
-        if (self.base_path / "model_index.json").is_file():  # a Diffusers repository
-            return self.base_path / ("transformer", "transformer_2")[expert]
-        if self.num_experts == 1:
-            return self.base_path
-        return self.base_path / self.config["experts"][EXPERTS[expert]]
-
-    def weights(self) -> list[WeightsFile]:
-        """What this run reads, each file once, found or not. Of the tiny model these are LoRAs, and parts that are
-        given.
-        """
-        beside = [part for part in self.parts if part is not self._with_transformer and part.key_in_lora is None]
-        of_parts = [file for part in beside for file in part.files]
-        return [*([] if self.is_tiny else self._model_files()), *of_parts, *self._lora_files()]
-
-    def _model_files(self) -> list[WeightsFile]:
-        files = [
-            *self._transformer_files(),
-            self._part_file("umT5", "text_encoder_path", text_encoder.PLACE, self._check_text_encoder),
-        ]
-        tokenizer = self._tokenizer_file(files[-1].path)
-        read = partial(check_tokenizer, tokenizer)
-        files.append(WeightsFile("tokenizer", "--tokenizer_path", tokenizer, self.base["name"], read=read))
-        if self.transformer_config.image_dim is not None:
-            files.append(self._part_file("CLIP", "image_encoder_path", image_encoder.PLACE, self._check_image_encoder))
-        files.append(self._part_file("VAE", "vae_path", vae.PLACE, self._check_vae, self.encodes_pictures))
-        return files
-
-    def _part_file(
-        self, name: str, flag: str, place: tuple[str, str], check: Callable[[Path], None], until_denoised: bool = True
-    ) -> WeightsFile:
-        """A part that its flag names, or that lies beside the transformer."""
-        given = getattr(self.settings, flag)
-        path = self._part(given, place)
-
-        def read() -> None:
-            if given is None and path == self.base_path:
-                if path.is_file():
-                    raise WeightsError(f"--base_path {path}: one file; give the model's folder, or this part too")
-                raise WeightsError(f"{path}: no {name} there (looked for {place[1]} and {place[0]}/)")
-            check(path)
-
-        return WeightsFile(name, f"--{flag}", path, self.base["name"], until_denoised, read)
-
-    def _check_transformer(self, expert: int) -> None:
-        """The whole way of loading it, except that no value leaves the disk."""
-        if self.base_path.is_file() and self.num_experts > 1:
-            raise WeightsError(
-                f"--base_path {self.base_path}: one file, the model has two transformers; give its folder"
-            )
-        load_transformer(self.transformer_path(expert), device="meta", expect=self.transformer_config)
-
-    def _check_text_encoder(self, path: Path) -> None:
-        encoder = text_encoder.text_encoder_from_tensors(read_tensors(path), device="meta", source=path)
-        if encoder.dim != self.transformer_config.text_dim:
-            wanted = self.transformer_config.text_dim
-            raise WeightsError(f"{path}: a umT5 of width {encoder.dim}, the transformer was trained with {wanted}")
-
-    def _check_image_encoder(self, path: Path) -> None:
-        width = load_image_encoder(path, device="meta").model.config.hidden_size
-        if width != self.transformer_config.image_dim:
-            wanted = self.transformer_config.image_dim
-            raise WeightsError(f"{path}: a CLIP of width {width}, the transformer was trained with {wanted}")
-
-    def _check_vae(self, path: Path) -> None:
-        channels = load_vae(path, device="meta").latent_channels
-        if channels != self.transformer_config.out_dim:
-            wanted = self.transformer_config.out_dim
-            raise WeightsError(f"{path}: a VAE of {channels} latent channels, the transformer makes {wanted}")
-
-    def _transformer_files(self) -> list[WeightsFile]:
-        if self._with_transformer is not None:
-            return list(self._with_transformer.files)
-        files = []
-        for expert in range(self.num_experts):
-            name = "transformer" if self.num_experts == 1 else f"{EXPERTS[expert]}-noise transformer"
-            path = self.base_path if self.base_path.is_file() else self.transformer_path(expert)
-            read = partial(self._check_transformer, expert)
-            files.append(WeightsFile(name, "--base_path", path, self.base["name"], read=read))
-        return files
-
-    def _lora_files(self) -> list[WeightsFile]:
-        of_experts = self.settings.lora_files(self.num_experts) if hasattr(self.settings, "lora_files") else ()
-
-        def flag_of(path: str) -> str:
-            flags = ("lora_path", "lora_path_high", "lora_path_low")
-            return f"--{next(flag for flag in flags if path in getattr(self.settings, flag))}"
-
-        paths = dict.fromkeys(path for files in of_experts for path, _ in files)
-        # The part in a LoRA's file is read after minutes of text encoding, else.
-        with_part = {part.files[0].path: part.files[0] for part in self._parts_in_loras()}
-        return [
-            with_part.get(Path(path))
-            or WeightsFile(
-                "LoRA", flag_of(path), Path(path), self.settings.lora_release(path), read=partial(read_tensors, path)
-            )
-            for path in paths
-        ]
-
-    def _parts_in_loras(self) -> list[Part]:
-        return [part for part in self.parts if part.key_in_lora is not None and part.files]
+        return self.files.num_experts
 
     @property
     def encodes_pictures(self) -> bool:
         """Whether the VAE is used before denoising, too."""
-        settings = self.settings
-        starts_from_one = getattr(settings, "image", None) or getattr(settings, "first_frame", None)
-        for_a_part = any(part.encodes for part in self.parts)
-        return bool(for_a_part or starts_from_one) or family_of(self.config) not in ("t2v", "ti2v")
+        return self.files.encodes_pictures
 
-    def _tokenizer_file(self, text_encoder: Path) -> Path:
-        """The file that decides what the tokenizer does: as given, or the one that belongs to the text encoder."""
-        beside = text_encoder if text_encoder.is_dir() else text_encoder.parent
-        given = self.settings.tokenizer_path
-        place = Path(given) if given else found_or(beside / "google/umt5-xxl", find_tokenizer, text_encoder)
-        return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), place)
+    def weights(self) -> list[WeightsFile]:
+        """What this run reads (`ModelFiles.weights`)."""
+        return self.files.weights(self.is_tiny)
 
-    def _part(self, given: str | None, place: tuple[str, str]) -> Path:
-        """A part that is named by its flag, or lies beside the transformer."""
-        path = Path(given or self.base_path)
-        return found_or(path, part_of_release, path, *place)
+    # ------------------------------------------------------------------------------------------------ before it loads
 
     def check(self, jobs: Iterable[Job] = (), at_once: Settings | None = None) -> None:
         """Look for what would end the run later, before anything loads; and choose what `--memory auto` leaves open.
@@ -418,7 +283,7 @@ class Wan:
     def _load_text_encoder(self, device: torch.device) -> TextEncoder:
         if self.is_tiny:
             return tiny.tiny_text_encoder(self.config).to(device)
-        path = self.settings.text_encoder_path or self.base_path
+        path = self.settings.text_encoder_path or self.files.base_path
         logger.info("reading the text encoder from %s", path)
         # On a CPU as the file has it, bfloat16 as released: it stays mapped from disk, where float32 takes 21 GiB.
         on_cpu = device.type == "cpu"
@@ -427,7 +292,7 @@ class Wan:
             self.settings.tokenizer_path,
             dtype=None if on_cpu else torch.bfloat16,
             device=None if on_cpu else device,
-            hint=self.hint(self.base),
+            hint=download_command(self.files.base),
         )
 
     def encode_images(self, images: Sequence[Tensor], keep: bool = False) -> Tensor | None:
@@ -452,9 +317,9 @@ class Wan:
     def _load_image_encoder(self) -> ImageEncoder:
         if self.is_tiny:
             return tiny.tiny_image_encoder(self.config)
-        path = self.settings.image_encoder_path or self.base_path
+        path = self.settings.image_encoder_path or self.files.base_path
         dtype = torch.float32 if self.device.type == "cpu" else torch.float16
-        return load_image_encoder(path, dtype=dtype, hint=self.hint(self.base))
+        return load_image_encoder(path, dtype=dtype, hint=download_command(self.files.base))
 
     @contextmanager
     def vae(self):
@@ -463,8 +328,8 @@ class Wan:
             if self.is_tiny:
                 self._vae = tiny.tiny_vae(self.config)
             else:
-                path = self.settings.vae_path or self.base_path
-                self._vae = load_vae(path, dtype=self.vae_dtype, hint=self.hint(self.base))
+                path = self.settings.vae_path or self.files.base_path
+                self._vae = load_vae(path, dtype=self.vae_dtype, hint=download_command(self.files.base))
             self._vae = self._vae.to(self.vae_dtype)
         if self.placement is not None:
             self._vae.past_device = None if self.placement.past_on_device else torch.device("cpu")
@@ -530,12 +395,12 @@ class Wan:
         fp8 = bool(self.settings.fp8)
         reading = Reading(expert, self.dtype, device, fp8, self.loras.changes(expert, fp8, self.device))
         layers: dict[str, ModelMixin] = {}
-        if self._with_transformer is not None:
-            transformer, layers[self._with_transformer.name] = self._with_transformer.load_both(reading)
+        if self.files.with_transformer is not None:
+            transformer, layers[self.files.with_transformer.name] = self.files.with_transformer.load_both(reading)
         else:
             transformer = self._read_transformer(reading)
         for part in self.parts:
-            if part.build is not None and part is not self._with_transformer:
+            if part.build is not None and part is not self.files.with_transformer:
                 layers[part.name] = part.load(transformer, reading)
         for model in layers.values():
             self._place(model)
@@ -558,13 +423,13 @@ class Wan:
                 parameter.data = change(parameter.data)
             return use_float8(transformer) if reading.fp8 else transformer
         return load_transformer(
-            self.transformer_path(reading.expert),
+            self.files.transformer_path(reading.expert),
             dtype=reading.dtype,
             device=reading.device,
             expect=self.transformer_config,
             fp8=reading.fp8,
             changes=reading.changes,
-            hint=self.hint(self.base),
+            hint=download_command(self.files.base),
         ).requires_grad_(False)
 
     def _place(self, transformer: WanTransformer) -> None:
@@ -615,7 +480,7 @@ class Wan:
             self.free()
 
     def _read_lora(self, path: str, shape: WanTransformer, partial: bool) -> Lora:
-        key = next((p.key_in_lora for p in self._parts_in_loras() if p.files[0].path == Path(path)), None)
+        key = next((p.key_in_lora for p in self.files.parts_in_loras() if p.files[0].path == Path(path)), None)
         return read_lora(path, shape, partial, key, self.settings.unused_lora_keys)
 
     def with_loras(self, step: int, num_steps: int) -> bool:

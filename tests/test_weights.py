@@ -26,6 +26,7 @@ from pipelines.instant_id import pipeline as instant_id
 from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.jobs import list_jobs
 from pipelines.long_video.settings import resolve_long_video
+from pipelines.model_files import ModelFiles
 from pipelines.settings import PROJECT
 from pipelines.stand_in import stand_in_parts
 from pipelines.text_to_video.from_pictures import open_pictures
@@ -134,7 +135,7 @@ def test_a_whole_release_passes_and_no_value_is_read(release, monkeypatch):
 
 
 def test_one_message_names_all_and_one_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(Wan, "base_path", tmp_path / "none")
+    monkeypatch.setattr(ModelFiles, "base_path", tmp_path / "none")
     with pytest.raises(WeightsError) as error:
         make_wan("--wan_version", "2.1", "--ip_image", FACE, "--min_face_score", "0.5").check()
     said = str(error.value)
