@@ -286,6 +286,7 @@ class Wan:
         path = self.settings.text_encoder_path or self.files.base_path
         logger.info("reading the text encoder from %s", path)
         # On a CPU as the file has it, bfloat16 as released: it stays mapped from disk, where float32 takes 21 GiB.
+        # Of a random encoder of width 1024 the states differ from float32's by 0.9 % after 4 layers, 2 % after 24.
         on_cpu = device.type == "cpu"
         return load_text_encoder(
             path,

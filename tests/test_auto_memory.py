@@ -186,7 +186,7 @@ def test_ram_that_cannot_hold_the_waiting_weights_is_said_before_loading(gpu, mo
 
 
 def test_umt5_on_a_cpu_keeps_the_dtype_of_its_file(monkeypatch):
-    """bfloat16 as released: mapped, not cast. The rounding it brings is a few thousandths of the states."""
+    """bfloat16 as released: mapped, not cast. The rounding it brings is some thousandths of the states here."""
     whole = tiny_text_encoder(tiny.CONFIG)
     tensors = {name: t.to(torch.bfloat16) for name, t in whole.encoder.state_dict().items()}
     kept = text_encoder_from_tensors(tensors, whole.tokenizer, dtype=None)
