@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 
     processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
     wan = Wan(settings, config, processes, [audio_adapter_part(settings, config)])
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+    wan.use_loras(settings)
     wan.check(jobs)
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

@@ -123,7 +123,7 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
 
     wan = Wan(settings, config, processes, driving_parts(settings, config))
     wan.check_files(first_frame_files(settings))
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+    wan.use_loras(settings)
     wan.check(jobs)  # LoRAs take memory too
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         return []
     wan = Wan(settings, config, processes, [*stand_in_parts(settings, config), vace_part(settings, config)])
     frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
-    wan.use_loras(settings.lora_files(wan.num_experts), settings.live_loras, settings.lora_partial, settings.lora_steps)
+    wan.use_loras(settings)
     wan.check(jobs, at_once=replace(settings, num_frames=frames))
     jobs = settle(jobs, settings, wan.describe, processes)
     if all_done(jobs):

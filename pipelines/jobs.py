@@ -22,7 +22,7 @@ from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
 from pipelines.settings import LikenessSettings, Settings
 from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, refuse_planted, resolve_output
-from preprocess.record import read_comment, read_record, sidecar_path
+from preprocess.record import read_comment, read_record, read_text, sidecar_path
 from preprocess.side_file import refuse_foreign, side_files
 
 logger = logging.getLogger("selfsame")
@@ -96,9 +96,8 @@ def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> 
     """Whether the record of what is there has the settings of this run, as far as they are known by now: a picture may
     change the size, a face score the seed. `settle` makes sure.
     """
-    record = record_inside(output) or read_record(sidecar_path(output)) or {}
-    made = record.get("settings")
-    if record.get("made_by") != "Selfsame" or not isinstance(made, dict):
+    made = settings_in(record_inside(output) or read_record(sidecar_path(output)))
+    if made is None:
         return False
     prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
     wanted = replace(settings, prompt=prompts, seed=(seed,)).as_dict()
@@ -135,17 +134,18 @@ def is_attempt(file: Path, seed: int) -> bool:
     """Whether a file, or the record beside it, says that it was made with this seed to be scored."""
     if file.is_symlink() or not file.is_file():
         return False
-    record = (read_record(file) if file.suffix == ".json" else record_inside(file)) or {}
-    made = record.get("settings")
-    if record.get("made_by") != "Selfsame" or not isinstance(made, dict):
-        return False
-    return made.get("min_face_score") is not None and made.get("seed") == [seed]
+    made = settings_in(read_record(file) if file.suffix == ".json" else record_inside(file))
+    return made is not None and made.get("min_face_score") is not None and made.get("seed") == [seed]
+
+
+def settings_in(record: dict | None) -> dict | None:
+    """The settings in a record of ours."""
+    made = record.get("settings") if record is not None and record.get("made_by") == "Selfsame" else None
+    return made if isinstance(made, dict) else None
 
 
 def record_inside(output: Path) -> dict | None:
     """The record that lies in a finished video or picture."""
-    from preprocess.record import read_text
-
     try:
         return read_text(output) if output.suffix.lower() == ".png" else read_comment(output)
     except InputError:

@@ -9,10 +9,11 @@ from pathlib import Path
 from errors import WeightsError
 from models.wan import image_encoder, text_encoder, vae
 from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
-from models.wan.config import VARIANTS, WanConfig
+from models.wan.config import WanConfig
 from models.wan.image_encoder import load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, check_tokenizer, find_tokenizer
 from models.wan.vae import load_vae
+from pipelines.networks import shape_of
 from pipelines.parts import Part
 from pipelines.settings import Settings, family_of
 from pipelines.weights import EXPERTS, WeightsFile, found_or
@@ -49,7 +50,7 @@ class ModelFiles:
 
     @property
     def transformer_config(self) -> WanConfig:
-        return VARIANTS[self.config["variant"]] if "variant" in self.config else WanConfig(**self.config["transformer"])
+        return shape_of(self.config)
 
     @property
     def num_experts(self) -> int:

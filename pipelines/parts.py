@@ -38,6 +38,11 @@ class Reading:
     fp8: bool = False
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
+    @property
+    def options(self) -> dict[str, object]:
+        """As every loader takes them; `changes` are a transformer's alone."""
+        return {"dtype": self.dtype, "device": self.device, "fp8": self.fp8}
+
 
 @dataclass(frozen=True)
 class Part:

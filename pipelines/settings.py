@@ -301,6 +301,11 @@ def family_of(config: dict) -> str:
     return "ti2v" if shape.vae_spatial_factor == 16 else "t2v"
 
 
+def is_tiny(settings: Settings, config: dict) -> bool:
+    """Whether the model is the config's own, made from a seed: no files of another base are named."""
+    return bool(config.get("tiny")) and all(getattr(settings, name, None) is None for name in BASES)
+
+
 def has_identity(config: dict) -> bool:
     """Whether the config comes with Stand-In weights; there are none for models that start from a picture."""
     is_there = "stand_in" in config or "stand_in" in config.get("files", {})
@@ -451,8 +456,8 @@ def check_settings(settings: Settings, config: dict) -> Settings:
     if settings.timesteps is not None and any(b >= a for a, b in itertools.pairwise(settings.timesteps)):
         numbers = " ".join(f"{timestep:g}" for timestep in settings.timesteps[:10])
         raise UsageError(f"--timesteps {numbers}: they have to fall, from noise (1000) to the video; 1000 750 500 250")
-    reads = not config.get("tiny") or any(getattr(settings, name, None) for name in BASES)
-    if unread := [name for name in OF_A_BASE if getattr(settings, name, None) is not None and not reads]:
+    unread = [name for name in OF_A_BASE if getattr(settings, name, None) is not None]
+    if unread and is_tiny(settings, config):
         raise UsageError(
             f"--{unread[0]} {getattr(settings, unread[0])[:200]}: {config['name']} is made from a seed and reads no "
             "files; leave it out, or choose a model (--config, --wan_version, or --base_path)"

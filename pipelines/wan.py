@@ -32,6 +32,7 @@ from pipelines.attention_choice import choose_backend, set_backend, try_chosen, 
 from pipelines.distributed import Processes, choose_device, shard_weights, split_sequence
 from pipelines.job_state import chosen_before
 from pipelines.jobs import Job
+from pipelines.lora_settings import LoraSettings
 from pipelines.loras import Loras
 from pipelines.memory import check_host_memory, check_memory, free_bytes, free_cached, offload_groups, stage
 from pipelines.model_files import ModelFiles
@@ -39,7 +40,7 @@ from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.placement import Placement, choose_mode
 from pipelines.record import LEFT_OPEN, begun_as, describe_run
-from pipelines.settings import Settings, family_of
+from pipelines.settings import Settings, family_of, is_tiny
 from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.progress_bars import ProgressBars
 
@@ -72,7 +73,7 @@ class Wan:
         self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
         self.placement: Placement | None = None
         self.attention_backend = choose_backend(settings, self.transformer_config, self.dtype, processes)
-        self.is_tiny = bool(config.get("tiny")) and settings.base_path is None and self.files.with_transformer is None
+        self.is_tiny = is_tiny(settings, config)
         self._transformers: dict[int, WanTransformer] = {}
         self._layers: dict[int, dict[str, ModelMixin]] = {}  # expert -> parts that are moved and freed with it
         self._expert = 0  # whose transformer was asked for last
@@ -425,10 +426,8 @@ class Wan:
             return use_float8(transformer) if reading.fp8 else transformer
         return load_transformer(
             self.files.transformer_path(reading.expert),
-            dtype=reading.dtype,
-            device=reading.device,
+            **reading.options,
             expect=self.transformer_config,
-            fp8=reading.fp8,
             changes=reading.changes,
             hint=download_command(self.files.base),
         ).requires_grad_(False)
@@ -449,21 +448,9 @@ class Wan:
         if self.settings.compile:
             transformer.compile_repeated_blocks()
 
-    def use_loras(
-        self,
-        files: Sequence[Sequence[tuple[str, float]]],
-        live: bool,
-        partial: bool = False,
-        steps: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        """Change each expert's weights by these LoRAs, from its next loading on. The files are checked here, against a
-        transformer without weights, so that a wrong one is refused before the right base is loaded.
-
-        Args:
-            files: of each expert, (path, scale).
-            live: compute them beside the weights instead of merging them in.
-            partial: accept and list keys that do not apply.
-            steps: the shares of the steps from and up to which live ones work, see `with_loras`.
+    def use_loras(self, settings: LoraSettings) -> None:
+        """Change each expert's weights by the LoRAs of these settings, from its next loading on. The files are checked
+        here, against a transformer without weights, so that a wrong one is refused before the right base is loaded.
 
         Raises:
             WeightsError, InputError: `read_lora`.
@@ -471,10 +458,11 @@ class Wan:
         """
         if not self._checked_files:  # what is missing besides is said at once
             self.check_files()
-        shape = meta_transformer(self.transformer_config)
-        read = {path: self._read_lora(path, shape, partial) for path in dict.fromkeys(p for fs in files for p, _ in fs)}
+        shape, files = meta_transformer(self.transformer_config), settings.lora_files(self.num_experts)
+        paths = dict.fromkeys(path for of_expert in files for path, _ in of_expert)
+        read = {path: self._read_lora(path, shape, settings.lora_partial) for path in paths}
         of_experts = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
-        self.loras = Loras(of_experts, live, steps)
+        self.loras = Loras(of_experts, settings.live_loras, settings.lora_steps)
         if self._transformers:
             self._transformers.clear()
             self._layers.clear()

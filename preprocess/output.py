@@ -189,9 +189,8 @@ def refuse_if_written(path: Path) -> None:
     """
     if fcntl is None:
         return
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    )  # so that a pipe nobody writes to is not waited for
+    # Without waiting: it may be a pipe that nobody writes to.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     part = part_of(path, path.suffix[1:])
     with contextlib.suppress(OSError), open(part, "rb", opener=lambda name, _: os.open(name, flags)) as part:
         try:

@@ -435,7 +435,7 @@ def test_a_preset_brings_its_pair(tmp_path, monkeypatch):
     settings, config = resolve_lora_settings(infer_with_lora.parse_args(flags))
     wan = Wan(settings, config, start_processes("cpu"), stand_in_parts(settings, config))
     with pytest.raises(WeightsError, match=f"download_models.py --only wan2.2-t2v-A14B stand-in-wan2.2 {name}$"):
-        wan.use_loras(wan.settings.lora_files(2), live=False)  # says at once what else is not there
+        wan.use_loras(wan.settings)  # says at once what else is not there
     files = touch_files(load_config(name))
     settings, _ = resolve_lora_settings(infer_with_lora.parse_args(flags))
     assert (settings.lora_path_high, settings.lora_path_low) == ((files["lora_high"],), (files["lora_low"],))

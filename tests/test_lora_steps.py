@@ -189,7 +189,7 @@ def test_live_loras_count_as_memory_and_merged_ones_do_not(lora, monkeypatch):
         args = infer_with_lora.parse_args(arguments("x.mp4", "--lora_path", lora, "--memory", memory, *flags))
         settings, config = resolve_lora_settings(args)
         wan = Wan(settings, config, start_processes("cpu"))
-        wan.use_loras(settings.lora_files(1), settings.live_loras)
+        wan.use_loras(settings)
         checked = []
         monkeypatch.setattr("pipelines.wan.check_memory", lambda settings, needed, device: checked.append(needed))
         wan.check()
@@ -213,7 +213,7 @@ def test_loras_are_counted_where_auto_would_have_them_live(lora):
         settings, config = resolve_lora_settings(args)
         wan = Wan(settings, config, start_processes("cpu"))
         without = wan.needs()
-        wan.use_loras(settings.lora_files(1), settings.live_loras)
+        wan.use_loras(settings)
         needs = wan.needs()
         return tuple(
             getattr(needs, name)["model"] - getattr(without, name)["model"] for name in ("weights", "weights_fp8")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import infer_long_video
@@ -15,7 +14,7 @@ from models.pose_embedder import KEY
 from models.wan.float8 import Float8Linear, float8_linears
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import pose_indices
-from pipelines.distributed import Processes, start_processes
+from pipelines.distributed import start_processes
 from pipelines.long_video import dance
 from pipelines.long_video.parts import driving_parts
 from pipelines.long_video.settings import LongVideoSettings, resolve_long_video
@@ -67,6 +66,17 @@ def make(output: Path, *flags) -> numpy.ndarray:
 
 def resolve(*flags) -> LongVideoSettings:
     return resolve_long_video(infer_long_video.parse_args([*SMALL, *map(str, flags)]))[0]
+
+
+def poses_given(settings: LongVideoSettings, config: dict, monkeypatch) -> list[list[int]]:
+    """The poses, by their numbers, that each clip of a video is given."""
+    wan = Wan(settings, config, start_processes("cpu"), driving_parts(settings, config))
+    given, read_poses = [], dance.read_poses
+    monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
+    opened = dance.open_poses(wan)
+    for clip in settings.clips(seed=0):
+        dance.embed_poses(wan, opened, clip)
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +250,8 @@ def test_more_clips_than_poses_start_over(poses, caplog):
 def test_poses_that_the_last_clip_is_given(poses, monkeypatch, more, read):
     """Beyond the end of the poses: they start over in a longer video, and are held where the video ends with them."""
     args = infer_long_video.parse_args([*SMALL, "--variant", "dance", "--pose_path", str(poses), *map(str, more)])
-    settings, config, picture = resolve_long_video(args)
-    processes = Processes(0, 1, torch.device("cpu"), context_parallel=False)
-    wan = Wan(settings, config, processes, driving_parts(settings, config))
-    given, read_poses = [], dance.read_poses
-    monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
-    opened = dance.open_poses(wan)
-    for clip in settings.clips(seed=0):
-        dance.embed_poses(wan, opened, clip)
+    settings, config, _ = resolve_long_video(args)
+    given = poses_given(settings, config, monkeypatch)
     assert given[0] == list(range(CLIP))
     assert given[-1] == read
 
@@ -306,12 +310,7 @@ def test_poses_that_end_before_the_speech_start_over(poses, monkeypatch, tmp_pat
     speech = write_sound(tmp_path / "long.wav", 1.2)  # 30 frames for 20 poses
     flags = ("--variant", "talk", "--audio_path", speech, "--pose_path", poses)
     settings, config, _ = resolve_long_video(infer_long_video.parse_args([*SMALL, *map(str, flags)]))
-    wan = Wan(settings, config, start_processes("cpu"), driving_parts(settings, config))
-    given, read_poses = [], dance.read_poses
-    monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
-    opened = dance.open_poses(wan)
-    for clip in settings.clips(seed=0):
-        dance.embed_poses(wan, opened, clip)
+    given = poses_given(settings, config, monkeypatch)
     assert given[0] == list(range(CLIP))
     assert given[-1] == [(settings.clips(seed=0)[-1].start + i) % NUM_POSES for i in range(CLIP)]
 

@@ -153,6 +153,15 @@ def test_vace_is_told_of_its_own_base(tmp_path):
         Wan(settings, config, start_processes("cpu"), parts).check()
 
 
+def test_a_base_of_files_makes_every_part_one_of_files(tmp_path):
+    """Under a tiny config too: an identity made from a seed would fit no released branch."""
+    flags = ["--config", "tiny", "--vace_path", str(tmp_path), "--ip_image", FACE, "--prompt", "x", "--num_frames", "9"]
+    settings, config = resolve_vace_settings(infer_with_vace.parse_args(flags))
+    parts = [*stand_in_parts(settings, config), vace_part(settings, config)]
+    wan = Wan(settings, config, start_processes("cpu"), parts)
+    assert not wan.is_tiny and {"VACE", "Stand-In", "umT5"} <= {file.name for file in wan.weights()}
+
+
 def test_long_video_names_base_and_loras_at_once(tmp_path):
     flags = ["--variant", "2.0-pro", "--lora_config", "lora-svi-lightx2v", "--ref_image_path", FACE, "--prompt", "x"]
     args = infer_long_video.parse_args([*flags, "--base_path", str(tmp_path / "none"), "--num_clips", "1"])

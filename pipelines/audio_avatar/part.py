@@ -21,6 +21,7 @@ from pipelines import tiny
 from pipelines.audio_avatar.settings import AvatarSettings
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading
+from pipelines.settings import is_tiny
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import cut_samples, num_features
@@ -32,7 +33,7 @@ AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
 
 def audio_adapter_part(settings: AvatarSettings, config: dict) -> Part:
     """The adapter and its transformer, from --transformer_path or the released file for this size."""
-    if config.get("tiny") and settings.base_path is None and settings.transformer_path is None:
+    if is_tiny(settings, config):
         return Part("audio_adapter", (), partial(_load_tiny, config), adapter_of)
     path = transformer_path(settings, config)
     load_both = partial(load_audio_avatar, path, expect=shape_of(config))
@@ -47,13 +48,7 @@ def audio_adapter_part(settings: AvatarSettings, config: dict) -> Part:
     ]
 
     def read_both(reading: Reading) -> tuple[WanTransformer, AudioAdapter]:
-        return load_both(
-            dtype=reading.dtype,
-            device=reading.device,
-            fp8=reading.fp8,
-            changes=reading.changes,
-            hint=download_command(config),
-        )
+        return load_both(**reading.options, changes=reading.changes, hint=download_command(config))
 
     return Part("audio_adapter", files, build=adapter_of, load_both=read_both)
 

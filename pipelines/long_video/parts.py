@@ -19,6 +19,7 @@ from pipelines import tiny
 from pipelines.long_video.settings import LongVideoSettings
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading, meta_transformer
+from pipelines.settings import is_tiny
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, normalize_loudness
@@ -53,8 +54,7 @@ def multitalk_part(settings: LongVideoSettings, config: dict) -> Part:
     def load(transformer: WanTransformer, reading: Reading) -> MultiTalk:
         if path is None:
             return tiny.tiny_multitalk(config).set_compute_dtype(reading.dtype)
-        options = {"dtype": reading.dtype, "device": reading.device, "fp8": reading.fp8}
-        return load_multitalk(path, transformer, **options, hint=download_command(load_config(LAYERS)))
+        return load_multitalk(path, transformer, **reading.options, hint=download_command(load_config(LAYERS)))
 
     return Part("multitalk", files, load, build)
 
@@ -69,8 +69,7 @@ def _given_or_released(
 ) -> Path | None:
     if given is not None:
         return Path(given)
-    is_tiny = config.get("tiny") and settings.base_path is None
-    return None if is_tiny else part_path(load_config(release), part)
+    return None if is_tiny(settings, config) else part_path(load_config(release), part)
 
 
 def _check(path: Path, config: dict) -> None:
@@ -103,7 +102,7 @@ def pose_embedder_part(settings: LongVideoSettings, config: dict) -> Part:
     is_in_lora = settings.driven_by == "pose" and settings.lora_path and settings.pose_embedder_path is None
     path = settings.lora_path[0] if is_in_lora else settings.pose_embedder_path
     if path is None:
-        if config.get("tiny") and settings.base_path is None:
+        if is_tiny(settings, config):
             return Part("pose_embedder", (), lambda transformer, reading: tiny.tiny_pose_embedder(config))
         path = part_path(load_config(DANCE), "lora")
     dim = shape_of(config).dim

@@ -238,9 +238,7 @@ class LongVideoMaker(VideoMaker):
     def use_svi(self, wanted: bool) -> None:
         """Run with SVI's LoRA, or without; those beside it stay."""
         if wanted != self._has_svi:
-            settings = self.settings if wanted else self.settings.without_svi()
-            files = settings.lora_files(self.wan.num_experts)
-            self.wan.use_loras(files, settings.live_loras, settings.lora_partial, settings.lora_steps)
+            self.wan.use_loras(self.settings if wanted else self.settings.without_svi())
             self._has_svi = wanted
 
     # -------------------------------------------------------------------------------------------------- metadata

@@ -14,6 +14,7 @@ from models.wan.transformer import WanTransformer
 from pipelines import tiny
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading
+from pipelines.settings import is_tiny
 from pipelines.vace.settings import VaceSettings
 from pipelines.weights import WeightsFile
 
@@ -23,7 +24,7 @@ def vace_part(settings: VaceSettings, config: dict) -> Part:
     # The released model holds the base transformer, the VAE and the text encoder too.
     release = config if "vace" in config else load_config("wan2.1-vace-14B")
     build = partial(branch_of, release["vace"]["vace_layers"])
-    if config.get("tiny") and settings.base_path is None and settings.vace_path is None:
+    if is_tiny(settings, config):
         return Part("vace", (), partial(_load_tiny, config), build, encodes=True)
     path = Path(settings.vace_path or Path("checkpoints") / release.get("dest", ""))
     load_both = partial(
@@ -40,13 +41,7 @@ def vace_part(settings: VaceSettings, config: dict) -> Part:
             files.append(WeightsFile("transformer", "--base_path", Path(settings.base_path), release["name"]))
 
     def read_both(reading: Reading) -> tuple[WanTransformer, VaceBranch]:
-        return load_both(
-            dtype=reading.dtype,
-            device=reading.device,
-            fp8=reading.fp8,
-            changes=reading.changes,
-            hint=download_command(release),
-        )
+        return load_both(**reading.options, changes=reading.changes, hint=download_command(release))
 
     folder = path.parent if path.is_file() else path
     return Part("vace", files, build=build, load_both=read_both, release=release, folder=folder, encodes=True)
