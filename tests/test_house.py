@@ -114,7 +114,17 @@ def test_a_refusal_loads_no_torch(script):
     assert result.stdout.strip() == "[]", result.stderr
 
 
-@pytest.mark.parametrize("folder", ["metrics", "preprocess"])
+def test_only_the_trainer_knows_training():
+    """No script that makes a video depends on how its weights were trained."""
+    strange = [
+        f"{module} imports {imported}"
+        for module, imported in IMPORTS
+        if is_part_of(imported, "training") and not is_part_of(module, "training") and module != "train"
+    ]
+    assert strange == []
+
+
+@pytest.mark.parametrize("folder", ["metrics", "preprocess", "training"])
 def test_everything_public_is_annotated(folder):
     lacking = []
     for module, tree in modules():
