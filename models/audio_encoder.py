@@ -53,7 +53,7 @@ class AudioEncoder(nn.Module):
         """(N,) samples at 16 kHz -> (1, N), what the network is given."""
         samples = np.array(samples, np.float32)
         if self.normalize:
-            samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
+            samples = normalize_samples(samples)
         return torch.from_numpy(samples)[None].to(self.model.device)
 
     @torch.no_grad()
@@ -94,6 +94,12 @@ class AudioEncoder(nn.Module):
             hidden = layer(hidden)
             states.append(hidden[0])
         return torch.stack(states, dim=1)  # (F, layers, D)
+
+
+def normalize_samples(samples: np.ndarray) -> np.ndarray:
+    """Samples (N,) at mean 0 and variance 1, as the released encoders want them."""
+    samples = np.asarray(samples, np.float32)
+    return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
 
 
 def audio_encoder_from_tensors(

@@ -38,13 +38,18 @@ class PoseEmbedder(nn.Sequential):
     @torch.no_grad()
     def encode(self, pose: Tensor | numpy.ndarray) -> "PoseTokens":
         """The plug-in of one clip from its pose video (T, H, W, 3) in 0 to 255, T = 4n + 1, H and W divisible by 16."""
-        if len(pose) % 4 != 1 or pose.shape[1] % 16 or pose.shape[2] % 16:
+        return self.embed(torch.as_tensor(pose)[None])
+
+    def embed(self, poses: Tensor) -> "PoseTokens":
+        """As `encode` for a batch (B, T, H, W, 3), with gradients where they are recorded."""
+        if poses.shape[1] % 4 != 1 or poses.shape[2] % 16 or poses.shape[3] % 16:
             raise ValueError(
-                f"a pose video of shape {tuple(pose.shape)}; accepted are 4n + 1 frames of 16r x 16c pixels"
+                f"a pose video of shape {tuple(poses.shape[1:])}; accepted are 4n + 1 frames of 16r x 16c pixels"
             )
-        pixels = torch.as_tensor(pose).to(self[0].weight.device, torch.float32) / 255
-        pixels = torch.cat((pixels[:1].expand(3, -1, -1, -1), pixels))  # the first latent frame is of one video frame
-        features = self(pixels.permute(3, 0, 1, 2)[None])  # (1, D, F, H/16, W/16)
+        pixels = poses.to(self[0].weight.device, torch.float32) / 255
+        # The first latent frame is of one video frame.
+        pixels = torch.cat((pixels[:, :1].expand(-1, 3, -1, -1, -1), pixels), dim=1)
+        features = self(pixels.permute(0, 4, 1, 2, 3))  # (B, D, F, H/16, W/16)
         # Rounded as upstream hands it over: what the LoRA beside it was trained with.
         return PoseTokens(features.flatten(2).transpose(1, 2).bfloat16(), tuple(features.shape[2:]))
 
@@ -53,7 +58,7 @@ class PoseEmbedder(nn.Sequential):
 class PoseTokens:
     """What the pose of one clip adds to its patch tokens.
 
-    tokens: (1, L, D) bfloat16, frame-major; of a video split over processes, this process's part.
+    tokens: (1 or B, L, D) bfloat16, frame-major; of a video split over processes, this process's part.
     grid: (F, rows, columns) of the whole clip in tokens.
     """
 

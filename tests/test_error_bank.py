@@ -7,7 +7,7 @@ import torch
 
 from errors import ResourceError, UsageError, WeightsError
 from training.draws import Draws
-from training.error_bank import ErrorBank, RecycledError, bank_bytes, errors_to_insert
+from training.error_bank import ErrorBank, RecycledError, bank_bytes, errors_to_insert, pack, unpack
 
 SHAPE = (2, 3, 4, 4)
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def first(position: int, kind: str, count: int) -> int:
 
 
 def bank(folder, **changes) -> ErrorBank:
-    return ErrorBank(folder / "bank", **{"buckets": 4, "per_bucket": 3, "dtype": "fp32"} | changes)
+    return ErrorBank(folder / "bank", **{"grids": 4, "per_grid": 3, "dtype": "fp32"} | changes)
 
 
 def stored(bank: ErrorBank, bucket: int = 0) -> list[torch.Tensor]:
@@ -75,16 +75,39 @@ def test_paired_entries_give_both_errors(tmp_path):
     assert bank_bytes(SHAPE, 4, 3, "two_banks", "bf16") == 2 * bank_bytes(SHAPE, 4, 3, "paired", "bf16")
 
 
+def test_int8_is_within_half_a_step_of_its_scale(tmp_path):
+    ours = bank(tmp_path, dtype="int8")
+    ours.insert([error(0)], first)
+    velocity = error(0).velocity
+    assert (stored(ours)[0] - velocity).abs().max() <= velocity.abs().max() / 127 / 2 * 1.001
+    assert bank_bytes(SHAPE, 4, 3, dtype="int8") * 2 == bank_bytes(SHAPE, 4, 3, dtype="bf16")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 5, 6)])
+def test_pooled_errors_are_means_over_squares(tmp_path, shape):
+    ours = bank(tmp_path, pool=2)
+    ours.insert([error(0, shape=shape)], first)
+    view = ours.view()
+    (entry,) = view.entries("noise", shape, [0])
+    found, whole = view.read("noise", entry) / 0.25, error(0, shape=shape).velocity
+    assert found.shape == shape
+    for rows in (slice(0, 2), slice(4, 5)):
+        mean = whole[..., rows, 2:4].mean((-2, -1), keepdim=True)
+        torch.testing.assert_close(found[..., rows, 2:4], mean.expand_as(whole[..., rows, 2:4]))
+    assert unpack(pack(torch.ones(1, 1, 5, 5), 0.5, "bf16", 4)).shape == (1, 1, 5, 5)
+    assert bank_bytes((2, 3, 5, 6), 1, 1, dtype="fp32", pool=2) == 2 * 3 * 3 * 3 * 4
+
+
 def test_the_order_of_arrival_does_not_matter_and_unkept_errors_are_left_out(tmp_path):
     errors = [error(i, position=i, kept=i != 2) for i in range(6)]
     for name, order in (("a", [0, 1, 2, 3, 4, 5]), ("b", [4, 0, 5, 2, 3, 1])):
-        ours = bank(tmp_path / name, replace="fifo", per_bucket=2)
+        ours = bank(tmp_path / name, replace="fifo", per_grid=2)
         ours.insert([errors[i] for i in order], first)
         same(stored(ours), [4, 5])
 
 
 def test_shapes_and_buckets_are_kept_apart(tmp_path):
-    ours = bank(tmp_path, per_bucket=1)
+    ours = bank(tmp_path, per_grid=1)
     other = (2, 3, 4, 6)
     ours.insert([error(0, bucket=1, position=0), error(1, 3, 1), error(2, 1, 2, shape=other)], first)
     view = ours.view()
@@ -94,7 +117,7 @@ def test_shapes_and_buckets_are_kept_apart(tmp_path):
 
 
 def test_a_view_stands_still_until_the_next_step_has_ended(tmp_path):
-    ours = bank(tmp_path, per_bucket=1)
+    ours = bank(tmp_path, per_grid=1)
     ours.insert([error(0)], first)
     view = ours.view()
     (entry,) = view.entries("video", SHAPE, [0])
@@ -158,8 +181,8 @@ def test_a_manifest_names_no_file_outside(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     bank(tmp_path).save(tmp_path / "saved")
-    with pytest.raises(UsageError, match="per_bucket is 3 in the checkpoint, 5 in this run"):
-        bank(tmp_path / "other", per_bucket=5).restore(tmp_path / "saved")
+    with pytest.raises(UsageError, match="per_grid is 3 in the checkpoint, 5 in this run"):
+        bank(tmp_path / "other", per_grid=5).restore(tmp_path / "saved")
     with pytest.raises(UsageError, match="replace.*nearest"):
         bank(tmp_path / "other", replace="nearest")
 
@@ -199,7 +222,7 @@ def test_slots_come_from_the_draws(tmp_path):
     """The bank after some steps does not depend on how the samples of a step were shared out."""
     found = []
     for name, shares in (("one", [[0, 1, 2, 3]]), ("two", [[2, 0], [3, 1]])):
-        ours = bank(tmp_path / name, replace="random", per_bucket=2)
+        ours = bank(tmp_path / name, replace="random", per_grid=2)
         for step in range(4):
 
             def choose(position: int, kind: str, count: int, step: int = step) -> int:

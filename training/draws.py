@@ -6,7 +6,7 @@ another accumulation asks the same questions and gets the same answers. A new pu
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -37,6 +37,10 @@ class Draws:
 
     def __post_init__(self):
         assert all(0 <= position < self.global_batch for position in self.positions)
+
+    def of(self, row: int) -> "Draws":
+        """The draws of one of these samples."""
+        return replace(self, positions=[self.positions[row]])
 
     def _generators(self, purpose: str) -> list[numpy.random.Generator]:
         return [generator(self.seed, self.step, position, purpose) for position in self.positions]

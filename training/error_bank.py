@@ -21,6 +21,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import ResourceError, UsageError, WeightsError
@@ -28,7 +29,7 @@ from preprocess.output import readable_bytes, refuse_planted, sync, write_new
 
 STORAGES = {"paired": ("pair",), "two_banks": ("noise", "video")}
 REPLACEMENTS = ("l2", "random", "fifo")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp32": torch.float32}
 MANIFEST = "bank.json"
 
 Shape = tuple[int, ...]
@@ -74,10 +75,11 @@ class ErrorBank:
 
     Args:
         folder: of this run; what a killed run left there is removed.
-        buckets: of noise levels.
-        per_bucket: entries of a list at most.
+        grids: buckets of noise levels.
+        per_grid: entries of a list at most.
         replace: what a full list gives up: the entry nearest to the new one (l2), any (random), the oldest (fifo).
-        storage, dtype: of the entries.
+        storage, dtype: of the entries; int8 has one scale an entry.
+        pool: cells on a side that share a value: 2 takes a quarter of the room.
         limit_gib: what all entries may take, in GiB; None: no limit but the lists' own.
         writes: whether this process writes the files.
 
@@ -89,11 +91,12 @@ class ErrorBank:
         self,
         folder: Path,
         *,
-        buckets: int,
-        per_bucket: int,
+        grids: int,
+        per_grid: int,
         replace: str = "l2",
         storage: str = "paired",
         dtype: str = "bf16",
+        pool: int = 1,
         limit_gib: float | None = None,
         writes: bool = True,
     ):
@@ -104,12 +107,12 @@ class ErrorBank:
         ):
             if value not in accepted:
                 raise UsageError(f"error_recycling.{name}: {value!r} is not one of {', '.join(accepted)}")
-        self.folder, self.buckets, self.per_bucket = folder, buckets, per_bucket
-        self.replace, self.storage, self.dtype = replace, storage, dtype
+        self.folder, self.grids, self.per_grid = folder, grids, per_grid
+        self.replace, self.storage, self.dtype, self.pool = replace, storage, dtype, pool
         self.limit_gib, self.writes = limit_gib, writes
         self._cells: dict[Cell, list[Entry]] = {}
         self._replaced: list[str] = []  # files that a view of the present step may still read
-        self._fresh: dict[str, tuple[Tensor, float]] = {}  # of the last insert: another process may still write them
+        self._fresh: dict[str, dict[str, Tensor]] = {}  # of the last insert: another process may still write them
         self._unsynced: set[str] = set()
         self._serial = 0
         if writes:
@@ -129,11 +132,10 @@ class ErrorBank:
 
     def read(self, entry: Entry) -> tuple[Tensor, float]:
         """The stored error (C, F, h, w) float32 and its sigma. The file is mapped, not copied."""
-        if entry.file in self._fresh:
-            error, sigma = self._fresh[entry.file]
-            return error.float(), sigma
-        stored = safetensors.torch.load_file(self.folder / entry.file)
-        return stored["error"].float(), stored["sigma"].item()
+        packed = self._fresh.get(entry.file)
+        if packed is None:
+            packed = safetensors.torch.load_file(self.folder / entry.file)
+        return unpack(packed), packed["sigma"].item()
 
     # -------------------------------------------------------------------------------------------------- writing
 
@@ -160,20 +162,20 @@ class ErrorBank:
 
     def put(self, kind: str, bucket: int, error: Tensor, sigma: float, choose: Callable[[int], int]) -> None:
         """Store one error in one list."""
-        assert 0 <= bucket < self.buckets, f"bucket {bucket} of {self.buckets}"
+        assert 0 <= bucket < self.grids, f"bucket {bucket} of {self.grids}"
         shape = tuple(error.shape)
         self._check_limit(shape)
-        error = error.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        packed = pack(error, sigma, self.dtype, self.pool)
         entries = self._cells.setdefault((kind, shape, bucket), [])
         index = None  # of the entry that goes
-        if len(entries) == self.per_bucket:
+        if len(entries) == self.per_grid:
             if self.replace == "random":
                 index = choose(len(entries))
             elif self.replace == "fifo":
                 index = 0
             else:
-                index = self._nearest(entries, error.float())
-        entry = self._write(error, sigma)
+                index = self._nearest(entries, unpack(packed))
+        entry = self._write(packed)
         if index is None:
             entries.append(entry)
             return
@@ -189,10 +191,10 @@ class ErrorBank:
         distances = [torch.dist(self.read(entry)[0], error).item() for entry in entries]
         return distances.index(min(distances))
 
-    def _write(self, error: Tensor, sigma: float) -> Entry:
+    def _write(self, packed: dict[str, Tensor]) -> Entry:
         name = f"{self._serial:09d}.safetensors"
         self._serial += 1
-        content = safetensors.torch.save({"error": error, "sigma": torch.tensor(sigma)})
+        content = safetensors.torch.save(packed)
         if self.writes:
             try:
                 write_new(self.folder / name, content)
@@ -201,7 +203,7 @@ class ErrorBank:
                     f"{self.folder}: {failure.strerror}; make room there, or lower per_grid"
                 ) from failure
             self._unsynced.add(name)
-        self._fresh[name] = error, sigma
+        self._fresh[name] = packed
         return Entry(name, checksum(content))
 
     def _unlink(self, file: str) -> None:
@@ -213,7 +215,8 @@ class ErrorBank:
         shapes = {known for _, known, _ in self._cells}
         if self.limit_gib is None or shape in shapes:
             return
-        needed = sum(bank_bytes(s, self.buckets, self.per_bucket, self.storage, self.dtype) for s in {*shapes, shape})
+        settings = (self.grids, self.per_grid, self.storage, self.dtype, self.pool)
+        needed = sum(bank_bytes(each, *settings) for each in {*shapes, shape})
         if needed > self.limit_gib * 2**30:
             raise ResourceError(
                 f"error_recycling.limit_gib {self.limit_gib:g}: a bank for {len(shapes) + 1} latent shapes takes up to "
@@ -234,10 +237,11 @@ class ErrorBank:
             link_or_copy(self.folder / entry.file, folder / entry.file)
         self._unsynced.clear()
         manifest = {
-            "buckets": self.buckets,
-            "per_bucket": self.per_bucket,
+            "grids": self.grids,
+            "per_grid": self.per_grid,
             "storage": self.storage,
             "dtype": self.dtype,
+            "pool": self.pool,
             "serial": self._serial,
             "lists": [
                 [kind, list(shape), bucket, [[entry.file, entry.checksum] for entry in entries]]
@@ -260,7 +264,7 @@ class ErrorBank:
             lists = {(k, tuple(s), b): [Entry(*pair) for pair in entries] for k, s, b, entries in manifest["lists"]}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise WeightsError(f"{folder / MANIFEST}: cannot be read ({error}); resume from an earlier one") from error
-        for name in ("buckets", "per_bucket", "storage", "dtype"):
+        for name in ("grids", "per_grid", "storage", "dtype", "pool"):
             if manifest[name] != getattr(self, name):
                 raise UsageError(
                     f"error_recycling: {name} is {manifest[name]} in the checkpoint, {getattr(self, name)} in this run"
@@ -301,9 +305,36 @@ class BankView:
         return stored
 
 
-def bank_bytes(shape: Shape, buckets: int, per_bucket: int, storage: str = "paired", dtype: str = "bf16") -> int:
+def pack(error: Tensor, sigma: float, dtype: str, pool: int) -> dict[str, Tensor]:
+    """An error (C, F, h, w) as it is stored."""
+    values = error.detach().to("cpu", torch.float32)
+    grid = torch.tensor([*values.shape[-2:], pool])
+    if pool > 1:
+        values = F.avg_pool2d(values, pool, ceil_mode=True, count_include_pad=False)
+    scale = torch.tensor(1.0)
+    if dtype == "int8":
+        scale = (values.abs().max() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        values = (values / scale).round()
+    values = values.to(DTYPES[dtype]).contiguous()
+    return {"error": values, "scale": scale, "sigma": torch.tensor(sigma, dtype=torch.float32), "grid": grid}
+
+
+def unpack(packed: dict[str, Tensor]) -> Tensor:
+    """(C, F, h, w) float32; what was pooled is spread over its cells again."""
+    values = packed["error"].float() * packed["scale"]
+    height, width, pool = packed["grid"].tolist()
+    if pool > 1:
+        values = values.repeat_interleave(pool, -2).repeat_interleave(pool, -1)[..., :height, :width]
+    return values
+
+
+def bank_bytes(
+    shape: Shape, grids: int, per_grid: int, storage: str = "paired", dtype: str = "bf16", pool: int = 1
+) -> int:
     """Bytes of a full bank for latents of one shape (C, F, h, w)."""
-    return buckets * per_bucket * len(STORAGES[storage]) * torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    channels, frames, height, width = shape
+    values = channels * frames * -(-height // pool) * -(-width // pool)
+    return grids * per_grid * len(STORAGES[storage]) * values * DTYPES[dtype].itemsize
 
 
 def checksum(content: bytes) -> str:

@@ -74,6 +74,11 @@ class NoiseTable:
         low, high = self.bounds
         return (low + (share * (high - low)).long()).clamp(max=high - 1)
 
+    def weight(self, sigma: Tensor) -> Tensor:
+        """The weight (B,) of the loss at noise levels (B,) of the table."""
+        nearest = (self.sigmas[None] - sigma.cpu()[:, None]).abs().argmin(dim=1)
+        return self.weights[nearest].to(sigma.device)
+
     def quantiles(self, count: int) -> Tensor:
         """Indices in the middle of `count` equal parts of the range, (count,) int64: where a held-out loss is taken."""
         low, high = self.bounds

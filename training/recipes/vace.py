@@ -1,0 +1,51 @@
+"""VACE: its branch learns to follow control videos, masks and reference pictures. The base transformer stays as it is.
+
+VACE's authors published no training code; the objective is that of the base model, on the whole video.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from training.draws import Draws
+from training.error_bank import BankView, RecycledError
+from training.losses import mse, per_sample, squared_error
+from training.noise import NoiseTable
+from training.recipes.base import Batch, Conditions, prompt_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceRecipe:
+    """Parts of a batch: `vace_context` (B, 96, R + F, h, w), kept and inactive latents and the folded mask; with R
+    reference frames in front, which the latents of the batch then have too.
+
+    masked_loss: how often only what the mask opens counts in the loss; the rest is given, and mostly copied.
+    """
+
+    noise: NoiseTable = field(default_factory=NoiseTable)
+    text_drop: float = 0.1
+    masked_loss: float = 0.0
+
+    def conditions(self, batch: Batch, draw: Draws) -> Conditions:
+        context = batch.parts["vace_context"]
+        return Conditions(
+            prompt_of(batch, draw, self.text_drop), plugins=(lambda trainee: trainee.vace.plugin(context),)
+        )
+
+    def corrupt(
+        self, clean: Tensor, noise: Tensor, sigma: Tensor, conditions: Conditions, view: BankView | None, draw: Draws
+    ) -> tuple[Tensor, Tensor, Conditions]:
+        return clean, noise, conditions
+
+    def loss(self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws) -> Tensor:
+        losses = mse(prediction, target)
+        if self.masked_loss:
+            opened = batch.parts["vace_context"][:, -64:].float().mean(dim=1, keepdim=True)  # (B, 1, F, h, w)
+            of_mask = per_sample(squared_error(prediction, target) * opened)
+            chosen = draw.uniform("masked_loss") < self.masked_loss
+            losses = torch.where(chosen.to(losses.device), of_mask, losses)
+        return losses * self.noise.weight(sigma)
+
+    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+        return []
