@@ -28,32 +28,22 @@ from functools import partial
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import (
-    add_common_arguments,
-    add_consis_id_arguments,
-    add_image_to_video_arguments,
-    add_instant_id_arguments,
-    add_picture_arguments,
-)
+from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.flags import Parser, add_flags
-from pipelines.settings import LikenessSettings
+from pipelines.instant_id.settings import InstantIdSettings
+from pipelines.settings import Method, WanVersion
+from pipelines.text_to_video.settings import ImageToVideoSettings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--method", help="how the person is kept: standin (default), instantid, consisid")
-    add_common_arguments(parser)
-    add_image_to_video_arguments(parser)
-    add_instant_id_arguments(parser)
-    add_picture_arguments(parser)
-    add_consis_id_arguments(parser)
-    add_flags(parser, LikenessSettings, "likeness")
+    add_flags(parser, Method, ImageToVideoSettings, WanVersion, InstantIdSettings, ConsisIDSettings)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.settings import method_of
+    from pipelines.command import method_of
 
     # A method is a recipe of its own below, with settings of its own; a flag that it does not have is refused.
     # In each, everything that can be refused without torch is refused before it is imported.

@@ -19,52 +19,15 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.audio_avatar.settings import AvatarCommand, AvatarSettings
 from pipelines.flags import Parser, add_flags
-from pipelines.lora_settings import LoraSettings
-from pipelines.settings import LikenessSettings
 from pipelines.upstream import STABLE_AVATAR, add_flags_without_effect
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    avatar = parser.add_argument_group("talking avatar (second names are upstream's)")
-    avatar.add_argument("--reference_image", "--validation_reference_path", metavar="PHOTO", help="path or URL")
-    avatar.add_argument("--audio", "--validation_driven_audio_path", metavar="FILE", help="audio file, or a video's")
-    avatar.add_argument("--sample_text_guide_scale", type=float, metavar="S", help="how close to the prompt (5)")
-    avatar.add_argument("--sample_audio_guide_scale", type=float, metavar="S", help="… and to the sound (4)")
-    avatar.add_argument(
-        "--audio_native_guidance",
-        type=float,
-        nargs=2,
-        metavar=("AUDIO", "PAIR"),
-        help="experimental, in place of the audio scale; 2 2 to try. Costs a branch each",
-    )
-    avatar.add_argument("--clip_sample_n_frames", type=int, dest="num_frames", help="frames of a window (81)")
-    avatar.add_argument("--overlap_window_length", type=int, help="latent frames that windows share (10)")
-    avatar.add_argument("--overlapping_weight_scheme", help="how they fade into each other: uniform, log")
-    avatar.add_argument("--last_window", help="full; legacy: cut short, and its sound stretched, as upstream")
-    avatar.add_argument("--audio_alignment", help="released; exact: a window hears just the frames it shows")
-    avatar.add_argument("--color_correction", type=float, metavar="S", help="towards the photo's colours: 0 to 1 (0)")
-    avatar.add_argument("--transformer_path", help="StableAvatar's .pt (default: square or rectangle, by the size)")
-    avatar.add_argument("--pretrained_wav2vec_path", help="folder of wav2vec2-base-960h")
-    avatar.add_argument("--num_skip_start_steps", type=int, help="that teacache always computes (5)")
-    avatar.add_argument("--teacache_offload", action="store_true", default=None, help="keep its residuals in RAM")
-    avatar.add_argument("--fsdp_dit", action="store_true", default=None, help="shard the weights over the processes")
-    avatar.add_argument("--identity", "--ip_image", nargs="+", help="not here: Stand-In is for text-to-video models")
-    avatar.add_argument("--face_index", type=int, help="whose likeness is measured, from the left (the largest face)")
-    add_flags(parser, LoraSettings, "LoRA")
-    add_common_arguments(parser, identity=False)
-    add_flags(parser, LikenessSettings, "likeness")
-    upstream = parser.add_argument_group("upstream's names")
-    upstream.add_argument("--validation_prompts", dest="prompt", nargs="+", action="extend", help="--prompt")
-    upstream.add_argument("--sample_steps", dest="num_inference_steps", type=int, help="--num_inference_steps (50)")
-    upstream.add_argument("--pretrained_model_name_or_path", dest="base_path", help="--base_path")
-    upstream.add_argument("--GPU_memory_mode", help="--memory and --fp8: model_full_load, model_cpu_offload, …")
-    upstream.add_argument("--enable_teacache", action="store_true", default=None, help="--step_cache teacache")
-    upstream.add_argument("--teacache_threshold", dest="step_cache_threshold", type=float)
-    upstream.add_argument("--output_dir", metavar="FOLDER", help="write there, under the photo's name")
-    add_flags_without_effect(upstream, STABLE_AVATAR)
+    add_flags(parser, AvatarSettings, AvatarCommand)
+    add_flags_without_effect(parser, STABLE_AVATAR)
     return parser.parse_args(argv)
 
 

@@ -18,35 +18,14 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
+from pipelines.face_swap.settings import FaceSwapSettings
 from pipelines.flags import Parser, add_flags
-from pipelines.lora_settings import LoraSettings
-from pipelines.settings import LikenessSettings
-from pipelines.upstream import truth
+from pipelines.settings import WanVersion
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    swap = parser.add_argument_group("face swap")
-    swap.add_argument("--input_video", metavar="FILE", help="the video whose face is replaced")
-    swap.add_argument(
-        "--denoising_strength", type=float, help="above 0, to 1: how far the pasted face may change (0.85)"
-    )
-    swap.add_argument(
-        "--force_background_consistency",
-        type=truth,
-        nargs="?",
-        const=True,
-        metavar="True",
-        help="hold the input's background at every step, for the smoothest seam",
-    )
-    swap.add_argument(
-        "--no_composite", action="store_true", default=None, help="write the whole picture as the model drew it"
-    )
-    swap.add_argument("--target_face_index", type=int, help="which of several people (default: the largest face)")
-    add_flags(parser, LoraSettings, "LoRA")
-    add_common_arguments(parser)
-    add_flags(parser, LikenessSettings, "likeness")
+    add_flags(parser, FaceSwapSettings, WanVersion)
     return parser.parse_args(argv)
 
 

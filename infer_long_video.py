@@ -29,56 +29,19 @@ import logging
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments, add_first_frame_arguments, add_instant_id_arguments
 from pipelines.flags import Parser, add_flags
-from pipelines.lora_settings import LoraSettings
-from pipelines.upstream import add_svi_arguments, samples_of
+from pipelines.long_video.settings import LongVideoCommand, LongVideoSettings
+from pipelines.settings import LikenessSettings, StandIn
+from pipelines.upstream import SVI, add_flags_without_effect, samples_of
 
 logger = logging.getLogger("selfsame")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    long = parser.add_argument_group("long video")
-    long.add_argument("--variant", help="one of the above, or a .yaml like configs/svi-*.yaml (shot)")
-    long.add_argument("--ref_image_path", metavar="PICTURE", help="first frame and anchor; of a video its first frame")
-    long.add_argument("--prompt_path", metavar="FILE", help='prompts one a line, or prompts = ["…", "…"]')
-    long.add_argument("--num_clips", type=int, help="(one a prompt, 10 for one prompt; as long as sound or poses last)")
-    long.add_argument("--prompt_repeat", help="when the prompts do not last: last, cycle, stop (last)")
-    long.add_argument("--prompt_repeat_times", type=int, help="clips for each prompt (1)")
-    long.add_argument("--use_first_prompt_only", action="store_true", default=None, help="for all clips")
-    long.add_argument("--prompt_prefix", metavar="TEXT", help="put in front of every prompt")
-    long.add_argument("--seed_multiplier", type=int, help="clip k is made from --seed + k times this (42)")
-    long.add_argument("--num_motion_frames", type=int, help="handed to the next clip (1; film, 2.0-wan2.1: 5)")
-    long.add_argument("--max_width", type=int, help="the picture's own size, at most so wide, as SVI 1 has it")
-    long.add_argument("--boundary", type=float, help="of Wan2.2's experts: low-noise below it (the config's)")
-    long.add_argument(
-        "--first_clip_without_lora", action="store_true", default=None, help="make clip 0 by the base, which moves more"
-    )
-    long.add_argument("--extend", metavar="VIDEO", help="go on from this video; its frames and sound stay")
-    long.add_argument("--end_image", metavar="PICTURE", help="the last clip ends on it (--variant 2.0)")
-    long.add_argument("--audio_path", metavar="SOUND", help="talk: the speech, of an audio or video file")
-    long.add_argument("--audio_guidance_scale", type=float, help="talk: how closely it follows the speech (5)")
-    long.add_argument("--pose_embedder_path", help="its poses beside speech: svi-dance.safetensors")
-    long.add_argument("--pose_path", metavar="VIDEO", help="dance: poses, drawn by python -m preprocess.control pose")
-    long.add_argument(
-        "--remove_pose", action="store_true", default=None, help="dance: poses say how long it is, and lead nothing"
-    )
-    long.add_argument("--data_root", metavar="FOLDER", help="a video of each folder in it: its picture, its prompt.txt")
-    long.add_argument("--output_root", metavar="FOLDER", help="write there, under the picture's name")
-    long.add_argument(
-        "--no_drift_report", action="store_true", default=None, help="do not measure the clips at the end"
-    )
-    long.add_argument("--multitalk_path", help="talk: MultiTalk's audio layers, multitalk.safetensors")
-    long.add_argument("--audio_encoder_path", help="talk: folder of chinese-wav2vec2-base")
-    add_svi_arguments(long)
-    start = parser.add_argument_group("first frame of a photo")
-    start.add_argument("--ip_image", nargs="+", action="extend", metavar="PHOTO", help="of the person (path or URL)")
-    start.add_argument("--face_index", type=int, help="which face of it, from the left (default: the largest)")
-    add_first_frame_arguments(start)
-    add_instant_id_arguments(parser)
-    add_flags(parser, LoraSettings, "LoRA")
-    add_common_arguments(parser, identity=False)
+    # SVI's models have no place for Stand-In's weights, and its drift report measures the likeness.
+    add_flags(parser, LongVideoSettings, LongVideoCommand, without=(StandIn, LikenessSettings))
+    add_flags_without_effect(parser, SVI)
     return parser.parse_args(argv)
 
 

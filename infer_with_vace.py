@@ -16,19 +16,14 @@ import argparse
 from pathlib import Path
 
 from errors import run_script
-from pipelines.arguments import add_common_arguments
 from pipelines.flags import Parser, add_flags
-from pipelines.lora_settings import LoraSettings
-from pipelines.settings import LikenessSettings
+from pipelines.settings import WanVersion
 from pipelines.vace.settings import VaceSettings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add_flags(parser, VaceSettings, "control")
-    add_flags(parser, LoraSettings, "LoRA")
-    add_common_arguments(parser)
-    add_flags(parser, LikenessSettings, "likeness")
+    add_flags(parser, VaceSettings, WanVersion)
     return parser.parse_args(argv)
 
 

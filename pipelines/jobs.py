@@ -20,10 +20,10 @@ from pathlib import Path
 
 from errors import InputError, UsageError
 from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
-from pipelines.settings import LikenessSettings, Settings
+from pipelines.settings import LikenessSettings, Settings, recorded
 from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, refuse_planted, resolve_output
 from preprocess.record import read_comment, read_record, read_text, sidecar_path
-from preprocess.side_file import refuse_foreign, side_files
+from preprocess.side_file import refuse_foreign
 
 logger = logging.getLogger("selfsame")
 
@@ -92,6 +92,21 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
     return jobs
 
 
+def side_files(settings: LikenessSettings, output: Path) -> Iterator[Path]:
+    """What a run will put beside this output."""
+    photos = getattr(settings, "stand_in_photos", settings.score_photos if output.suffix == ".mp4" else ())
+    suffixes = [f".face{number}.png" for number in range(len(photos))]
+    suffixes += [".preview.png"] if getattr(settings, "preview", False) else []
+    if not getattr(settings, "no_drift_report", True):
+        suffixes += [".drift.tsv", ".drift.png"]
+    if getattr(settings, "first_frame", None) is not None:
+        suffixes += [f".first_frame{end}" for end in (".png", ".json", ".keypoints.png", ".safetensors")]
+        if settings.min_face_score is not None:  # what it tries, see `attempts`
+            seeds = range(settings.first_frame_seed, settings.first_frame_seed + settings.max_retries + 1)
+            suffixes += [f".first_frame.seed{seed}{end}" for seed in seeds for end in (".png", ".json")]
+    yield from (output.with_suffix(suffix) for suffix in suffixes)
+
+
 def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> bool:
     """Whether the record of what is there has the settings of this run, as far as they are known by now: a picture may
     change the size, a face score the seed. `settle` makes sure.
@@ -100,7 +115,7 @@ def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> 
     if made is None:
         return False
     prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
-    wanted = replace(settings, prompt=prompts, seed=(seed,)).as_dict()
+    wanted = recorded(replace(settings, prompt=prompts, seed=(seed,)))
     without = ("height", "width", *OF_THE_MACHINE, *(["seed"] if settings.min_face_score is not None else []))
     wanted, made = counted(wanted, without), counted(made, without)
     left_open = [name for name in LEFT_OPEN if wanted.get(name) is None]

@@ -1,32 +1,35 @@
 """The settings of LoRAs: which files, for which expert, how strong, merged or live. Checked before torch."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from configs import known_configs, load_config, part_path
 from errors import UsageError
-from pipelines.flags import setting
-from pipelines.settings import Settings, resolve_settings
+from pipelines.command import resolve_settings
+from pipelines.flags import CONFIG, WEIGHTS, given_by, setting
+from pipelines.settings import Settings
 
 MODES = ("auto", "merged", "live")
+PATH = {"metavar": "FILE", "path": WEIGHTS}
 SCALE = {"low": -10, "high": 10, "metavar": "S"}  # sliders are used below 0 too
+EXPERTS = ("", "_high", "_low")  # how the flags end of LoRAs for every expert, and for each of Wan2.2's two
+Kind = TypeVar("Kind", bound="Loras")
 
 
-@dataclass(frozen=True)
-class LoraSettings(Settings):
-    """`lora_path` changes every expert, `lora_path_high` and `lora_path_low` one of Wan2.2's two.
+@dataclass(frozen=True, kw_only=True)
+class Loras:
+    """LoRAs of a Wan model, beside its `fp8`. A scale is one number for all paths, or one a path."""
 
-    A scale is one number for all paths of its flag, or one a path.
-    """
+    title: ClassVar[str] = "LoRA"
 
-    lora_path: tuple[str, ...] = setting("of every expert; repeatable", (), metavar="FILE")
+    lora_path: tuple[str, ...] = setting("of every expert; repeatable", (), **PATH)
     lora_scale: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
-    lora_path_high: tuple[str, ...] = setting("of Wan2.2's high-noise expert; repeatable", (), metavar="FILE")
-    lora_scale_high: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
-    lora_path_low: tuple[str, ...] = setting("of its low-noise expert; repeatable", (), metavar="FILE")
-    lora_scale_low: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
-    lora_config: str | None = setting("how a distilled LoRA wants to be sampled: of configs/", None, metavar="NAME")
+    lora_config: str | None = setting(
+        "how a distilled LoRA wants to be sampled: of configs/", None, metavar="NAME", path=CONFIG
+    )
     lora_mode: str = setting("auto: merged; live with --fp8, --lora_start or --lora_end", "auto", choices=MODES)
     lora_partial: bool = setting("leave out keys that do not apply", False)
     lora_start: float = setting("share of the steps before the LoRAs set in", 0.0, low=0, high=1)
@@ -71,50 +74,75 @@ class LoraSettings(Settings):
         """The configs of LoRAs that the settings name."""
         return (self.lora_config,) if self.lora_config else ()
 
+    def loras_of(self, which: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Paths and scales of one of `EXPERTS`."""
+        return getattr(self, f"lora_path{which}", ()), getattr(self, f"lora_scale{which}", (1.0,))
+
     def _scaled(self, which: str) -> list[tuple[str, float]]:
-        paths, scales = getattr(self, f"lora_path{which}"), getattr(self, f"lora_scale{which}")
+        paths, scales = self.loras_of(which)
         return list(zip(paths, scales * len(paths) if len(scales) == 1 else scales, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoras(Loras):
+    """`lora_path` changes every expert, `lora_path_high` and `lora_path_low` one of Wan2.2's two."""
+
+    title: ClassVar[str] = "LoRA"
+
+    lora_path_high: tuple[str, ...] = setting("of Wan2.2's high-noise expert; repeatable", (), **PATH)
+    lora_scale_high: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
+    lora_path_low: tuple[str, ...] = setting("of its low-noise expert; repeatable", (), **PATH)
+    lora_scale_low: tuple[float, ...] = setting("one for all, or each", (1.0,), **SCALE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(ExpertLoras, Settings):
+    """Videos by Stand-In with LoRAs on the model."""
+
+    script: ClassVar[str] = "infer_with_lora.py"
+
+
 def resolve_lora_settings(
-    args: Namespace, kind: type[LoraSettings] = LoraSettings, required: bool = True
-) -> tuple[LoraSettings, dict]:
+    given: Mapping[str, object] | Namespace, kind: type[Kind] = LoraSettings, required: bool = True
+) -> tuple[Kind, dict]:
     """`resolve_settings`, with the defaults that `--lora_config` brings.
 
     Args:
+        given: what was typed, by setting (`given_by`), or parsed flags.
         required: there is no point in the script without a LoRA.
 
     Raises:
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
     """
-    settings, config = resolve_settings(args, kind, brought_defaults(args.lora_config))
+    given = given_by(given) if isinstance(given, Namespace) else given
+    settings, config = resolve_settings(given, kind, brought_defaults(given.get("lora_config")))
     settings = with_preset_loras(settings, config)
-    check_lora_settings(settings, config, args)
+    check_lora_settings(settings, config, given)
     if not any(settings.lora_files(2)):
         if required:
             raise UsageError("--lora_path: give at least one LoRA file (without any, use infer.py)")
         for name in ("lora_mode", "lora_partial", "lora_start", "lora_end"):
-            if getattr(args, name) is not None:
+            if name in given:
                 raise UsageError(f"--{name}: there is no --lora_path it could be for")
     return settings, config
 
 
-def check_lora_settings(settings: LoraSettings, config: dict, args: Namespace) -> None:
+def check_lora_settings(settings: Loras, config: dict, given: Mapping[str, object]) -> None:
     """Files, scales and mode. Raises as `resolve_lora_settings`."""
-    for which in ("", "_high", "_low"):
-        paths, scales = getattr(settings, f"lora_path{which}"), getattr(settings, f"lora_scale{which}")
+    for which in EXPERTS:
+        paths, scales = settings.loras_of(which)
         if len(scales) not in (1, len(paths)):
             raise UsageError(
                 f"--lora_scale{which}: {len(scales)} values for {len(paths)} --lora_path{which}; give one, or one each"
             )
-        if not paths and getattr(args, f"lora_scale{which}"):
+        if not paths and f"lora_scale{which}" in given:
             raise UsageError(f"--lora_scale{which}: there is no --lora_path{which} it could scale")
         if which and paths and not config.get("experts"):
             raise UsageError(f"--lora_path{which}: {config['name']} is one model; use --lora_path")
     _check_steps(settings)
 
 
-def _check_steps(settings: LoraSettings) -> None:
+def _check_steps(settings: Loras) -> None:
     start, end = settings.lora_steps
     if start > end:
         raise UsageError(f"--lora_start {start:g} comes after --lora_end {end:g}")
@@ -124,7 +152,7 @@ def _check_steps(settings: LoraSettings) -> None:
         raise UsageError("--lora_start, --lora_end: teacache follows one model through all steps; use first_block")
 
 
-def with_preset_loras(settings: LoraSettings, config: dict) -> LoraSettings:
+def with_preset_loras(settings: Kind, config: dict) -> Kind:
     """With the files that the --lora_config has for each expert, where none is named. The tiny model does without.
 
     Raises:

@@ -13,9 +13,9 @@ from models.wan.config import WanConfig
 from models.wan.image_encoder import load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, check_tokenizer, find_tokenizer
 from models.wan.vae import load_vae
-from pipelines.networks import shape_of
+from pipelines.networks import family_of, shape_of
 from pipelines.parts import Part
-from pipelines.settings import Settings, family_of
+from pipelines.settings import Settings
 from pipelines.weights import EXPERTS, WeightsFile, found_or
 
 

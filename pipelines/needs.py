@@ -14,7 +14,7 @@ from models.wan.config import VARIANTS, WanConfig
 from models.wan.float8 import float8_linears
 from models.wan.transformer import WanTransformer
 from models.wan.vae import Tiling
-from pipelines.settings import family_of, has_identity, shape_of
+from pipelines.networks import family_of, has_identity, shape_of
 
 GIB = 1024**3
 # Each mode needs less device memory than the one before it.

@@ -144,3 +144,21 @@ def check_fit(config: dict, shape: WanConfig, where: str) -> None:
     layers = config.get("vace", {}).get("vace_layers", [0])
     if layers != sorted(set(layers)) or not layers or not 0 <= layers[0] <= layers[-1] < shape.num_layers:
         raise UsageError(f"{where}: vace_layers: numbers of blocks are accepted, 0 to {shape.num_layers - 1}, rising")
+
+
+def family_of(config: dict) -> str:
+    """What a config's model starts from: "t2v", "i2v", "flf2v", "fun" (image-to-video of VideoX-Fun), "ti2v"."""
+    if "variant" in config:
+        return config["variant"].split("-")[0]
+    shape = shape_of(config)
+    if shape.image_tokens is not None:
+        return "flf2v"
+    if shape.in_dim != shape.out_dim:
+        return "i2v"
+    return "ti2v" if shape.vae_spatial_factor == 16 else "t2v"
+
+
+def has_identity(config: dict) -> bool:
+    """Whether the config comes with Stand-In weights; there are none for models that start from a picture."""
+    is_there = "stand_in" in config or "stand_in" in config.get("files", {})
+    return is_there and family_of(config) == "t2v"

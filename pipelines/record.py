@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import InputError
+from pipelines.settings import recorded
 from pipelines.weights import WeightsFile
 from preprocess.record import INPUTS, is_place
 
@@ -60,7 +61,7 @@ def describe_run(
         WeightsError, InputError: a file that cannot be read.
     """
     prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
-    values = dataclasses.replace(settings, prompt=prompts, seed=(seed,)).as_dict()
+    values = recorded(dataclasses.replace(settings, prompt=prompts, seed=(seed,)))
     values = {name: value for name, value in values.items() if name not in OF_ONE_RUN}
     record = {
         "made_by": "Selfsame",

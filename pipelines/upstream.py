@@ -13,11 +13,14 @@ Source: StableAvatar `inference.py`, `inference.sh`, `multiple_gpu_inference.sh`
 
 import argparse
 import logging
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from errors import InputError, UsageError, WeightsError
+from pipelines.flags import given_by, setting
 
 logger = logging.getLogger("selfsame")
 
@@ -66,53 +69,32 @@ def add_flags_without_effect(group, flags: Mapping[str, tuple[int | str | None, 
         group.add_argument(flag, action=WithoutEffect, why=why, nargs=values, **options)
 
 
-def truth(word: str) -> bool:
-    """The value of a flag that upstream wants one for (and takes any for true, "False" too)."""
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if word.lower() not in known:
-        raise ArgumentTypeError(f"{word!r}: accepted are True and False")
-    return known[word.lower()]
-
-
 # ------------------------------------------------------------------------------------------------------- SVI's scripts
 
-# Names that SVI's scripts have for flags of infer_long_video.py.
-SVI_NAMES = {
-    "--frames_per_clip": ("num_frames", int),
-    "--num_steps": ("num_inference_steps", int),
-    "--cfg_scale": ("guidance_scale", lambda scale: [float(scale)]),
-    "--cfg_scale_text": ("guidance_scale", lambda scale: [float(scale)]),
-    "--lora_alpha": ("lora_scale", lambda scale: [float(scale)]),
-    "--seed_times": ("seed_multiplier", int),
-    "--image_path": ("ref_image_path", str),
-}
-# … and those that are read by `read_svi_command`.
-SVI_VALUES = {
-    "--dit_root": str,
-    "--extra_module_root": str,
-    "--cfg_scale_audio": float,
-    "--ref_pad_num": int,
-    "--num_motion_latent": int,
-    "--num_overlap_frame": int,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class SviCommand:
+    """What SVI's scripts say that infer_long_video.py calls otherwise, or that its variants decide."""
+
+    title: ClassVar[str] = "SVI's names"
+
+    dit_root: str | None = setting("--base_path", None, metavar="FOLDER")
+    extra_module_root: str | None = setting("--lora_path: one file, or a folder", None, metavar="PATH")
+    cfg_scale_audio: float | None = setting("--audio_guidance_scale", None, low=0, high=100, shown="the variant's")
+    ref_pad_num: int | None = setting("of --variant", None, low=-1, high=0, shown="the variant's")
+    num_motion_latent: int | None = setting("of --variant", None, low=0, high=21, shown="the variant's")
+    num_overlap_frame: int | None = setting("of --variant", None, low=0, high=81, shown="the variant's")
+    test_samples: tuple[str, ...] = setting("some of --data_root's folders", (), metavar="NAME", shown="all")
+
+
 PADDING = {-1: "reference", 0: "grey"}  # --ref_pad_num -> Variant.padding
 # (--ref_pad_num, --num_motion_frames) of the released LoRAs -> the first variant with them
 VARIANTS_LIKE = {(-1, 1): "shot", (0, 5): "film", (0, 1): "tom"}
 CLIPS = 10  # that test_svi.py makes at most, unless it is told a number
 
 
-def add_svi_arguments(group) -> None:
-    """All flags of SVI's inference scripts that infer_long_video.py does not have itself."""
-    for name, (dest, kind) in SVI_NAMES.items():
-        group.add_argument(name, dest=dest, type=kind, help=argparse.SUPPRESS)
-    for name, kind in SVI_VALUES.items():
-        group.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    group.add_argument("--test_samples", nargs="*", help=argparse.SUPPRESS)
-    add_flags_without_effect(group, SVI)
-
-
-def read_svi_command(args: Namespace) -> None:
-    """Change `args` from what an SVI command says to what it means here.
+def read_svi_command(given: Mapping[str, object]) -> Mapping[str, object]:
+    """What was typed, from what an SVI command says to what it means here.
 
     --dit_root and --extra_module_root are in commands of upstream's test_*.py alone: --output is a folder there, and
     the video ends with the prompts, after ten clips at most.
@@ -120,36 +102,54 @@ def read_svi_command(args: Namespace) -> None:
     Raises:
         UsageError: two names of one flag.
     """
-    if args.prompt_prefix == "none":  # upstream's default, written out
-        args.prompt_prefix = None
+    if given.get("prompt_prefix") == "none":  # upstream's default, written out
+        given = {name: value for name, value in given.items() if name != "prompt_prefix"}
     for theirs, ours in (("dit_root", "base_path"), ("extra_module_root", "lora_path")):
-        if getattr(args, theirs) is not None and getattr(args, ours) is not None:
+        if theirs in given and ours in given:
             raise UsageError(f"--{theirs} is another name for --{ours}; give the one or the other")
-    if args.dit_root is None and args.extra_module_root is None:
-        return
-    args.base_path = args.base_path or args.dit_root
-    if args.extra_module_root is not None:
-        args.lora_path = modules_in(Path(args.extra_module_root))
-    if args.output is not None and Path(args.output).suffix.lower() != ".mp4":
-        args.output_root, args.output = args.output_root or args.output, None
-    args.prompt_repeat = args.prompt_repeat or "stop"
-    if args.num_clips is None and args.audio_path is None and args.pose_path is None:
-        args.num_clips = CLIPS
+    if "dit_root" not in given and "extra_module_root" not in given:
+        return with_output(given)
+    said: dict[str, object] = {"prompt_repeat": "stop"}
+    if not {"num_clips", "audio_path", "pose_path"} & given.keys():
+        said["num_clips"] = CLIPS
+    said |= given
+    if "dit_root" in given:
+        said["base_path"] = given["dit_root"]
+    if "extra_module_root" in given:
+        said["lora_path"] = modules_in(Path(given["extra_module_root"]))
+    if "output" in given and Path(given["output"]).suffix.lower() != ".mp4":
+        said.setdefault("output_root", said.pop("output"))
+    return with_output(said)
 
 
-def variant_like(args: Namespace) -> str | None:
+def with_output(given: Mapping[str, object]) -> Mapping[str, object]:
+    """What was typed, with the output that --output_root stands for: it is named after the video's picture.
+
+    Raises:
+        UsageError: two flags that say where to write.
+    """
+    from preprocess.output import safe_name  # here, because --help uses this file too
+
+    if "output_root" not in given:
+        return given
+    if "output" in given:
+        raise UsageError("--output_root and --output: give one; --output_root names the video after its picture")
+    named = given.get("ref_image_path") or (given.get("ip_image") or ["video"])[0]
+    return {**given, "output": str(Path(given["output_root"]) / f"{safe_name(Path(named).stem)}.mp4")}
+
+
+def variant_like(given: Mapping[str, object]) -> str | None:
     """The variant with the conditioning that an SVI command describes; None where it is none of SVI's commands, or
     that of no released LoRA.
     """
-    if args.extra_module_root is None:
+    if "extra_module_root" not in given:
         return None
-    if args.audio_path is not None or args.pose_path is not None:
-        return "talk" if args.audio_path is not None else "dance"
-    pad = 0 if args.ref_pad_num is None else args.ref_pad_num  # upstream's defaults
-    return VARIANTS_LIKE.get((pad, args.num_motion_frames or 1))
+    if "audio_path" in given or "pose_path" in given:
+        return "talk" if "audio_path" in given else "dance"
+    return VARIANTS_LIKE.get((given.get("ref_pad_num", 0), given.get("num_motion_frames") or 1))  # upstream's defaults
 
 
-def conditioning_as_trained(args: Namespace, variant, motion_frames: int | None) -> int | None:
+def conditioning_as_trained(given: Mapping[str, object], variant, motion_frames: int | None) -> int | None:
     """What an SVI command says of the conditioning, held against the `Variant`'s: its LoRA was trained with that, and
     loses the person under another. A line says of each value that differs what stays in its place.
 
@@ -158,23 +158,21 @@ def conditioning_as_trained(args: Namespace, variant, motion_frames: int | None)
     """
     another = "upstream would make another video with it"
     trained = f"--variant {variant.name} was trained with"
-    if args.ref_pad_num is not None and PADDING.get(args.ref_pad_num) != variant.padding:
+    if (pad := given.get("ref_pad_num")) is not None and PADDING.get(pad) != variant.padding:
         padding = {**{name: f"{number}, which stays" for number, name in PADDING.items()}, "latents": "latents alone"}
-        logger.warning(
-            "--ref_pad_num %d has no effect: %s %s; %s", args.ref_pad_num, trained, padding[variant.padding], another
-        )
-    if args.num_motion_latent not in (None, variant.motion_latents):
+        logger.warning("--ref_pad_num %d has no effect: %s %s; %s", pad, trained, padding[variant.padding], another)
+    if given.get("num_motion_latent", variant.motion_latents) != variant.motion_latents:
         logger.warning(
             "--num_motion_latent %d has no effect: %s %d, which stays; %s",
-            *(args.num_motion_latent, trained, variant.motion_latents, another),
+            *(given["num_motion_latent"], trained, variant.motion_latents, another),
         )
-    if args.num_overlap_frame is not None and args.num_overlap_frame != (shared := variant.chain(81).overlap):
+    if given.get("num_overlap_frame", shared := variant.chain(81).overlap) != shared:
         logger.warning("--num_overlap_frame has no effect: clips share %d frames, which are shown once", shared)
-    if args.cfg_scale_audio is not None and variant.driven_by != "audio":
+    if "cfg_scale_audio" in given and variant.driven_by != "audio":
         logger.warning("--cfg_scale_audio has no effect: --variant %s hears nothing", variant.name)
-    if args.remove_pose and variant.driven_by != "pose":
+    if "remove_pose" in given and variant.driven_by != "pose":
         logger.warning("--remove_pose has no effect: --variant %s sees no poses", variant.name)
-    of_svi = args.dit_root is not None or args.extra_module_root is not None
+    of_svi = "dit_root" in given or "extra_module_root" in given
     if of_svi and motion_frames not in (None, variant.motion_frames, *variant.motion_frames_too):
         logger.warning(
             "--num_motion_frames %d has no effect: %s %d, which stays; %s",
@@ -194,32 +192,34 @@ def samples_of(args: Namespace) -> list[Namespace]:
     """
     from preprocess.output import safe_name  # here, because --help uses this file too
 
-    root = args.data_root
-    if root is None or args.ref_image_path is not None:
-        for name in ("data_root", "test_samples") if root is not None else ("test_samples",):
-            if getattr(args, name) is not None:
-                why = "there is no --data_root" if root is None else "--ref_image_path says which picture"
-                logger.warning("--%s has no effect: %s", name, why)
+    given = given_by(args)
+    if "data_root" not in given or "ref_image_path" in given:
+        for name in {"data_root", "test_samples"} & given.keys():
+            why = "--ref_image_path says which picture" if "data_root" in given else "there is no --data_root"
+            logger.warning("--%s has no effect: %s", name, why)
         return [args]
+    root = given["data_root"]
     if not Path(root).is_dir():
         raise InputError(f"--data_root {root}: no such folder; give one that holds a folder for each sample")
-    if args.output is not None and Path(args.output).suffix.lower() == ".mp4":
-        raise UsageError(f"--output {args.output} with --data_root: each sample has a video of its own; give a folder")
+    if Path(given.get("output", "")).suffix.lower() == ".mp4":
+        raise UsageError(
+            f"--output {given['output']} with --data_root: each sample has a video of its own; give a folder"
+        )
     there = sorted(folder.name for folder in Path(root).iterdir() if folder.is_dir())
-    chosen = there if not args.test_samples else [name for name in args.test_samples if name in there]
-    for name in set(args.test_samples or ()).difference(there):
+    wanted = given.get("test_samples") or there
+    for name in set(wanted).difference(there):
         logger.warning("--test_samples %s: not in %s; the others are made", name, root)
+    chosen = [name for name in wanted if name in there]
     if not chosen:
         raise InputError(f"--data_root {root}: no samples there; each is a folder with a picture and prompt.txt")
-    output = Path(args.output_root or args.output or "outputs")
+    output = Path(given.get("output_root") or given.get("output") or "outputs")
     samples = []
     for name in chosen:
-        given = vars(args) | {"data_root": None, "test_samples": None, "output_root": None}
-        sample = Namespace(**given | {"output": str(output / f"{safe_name(name)}.mp4")})
-        sample.ref_image_path = str(picture_in(Path(root) / name))
-        if args.prompt is None and args.prompt_path is None:
-            sample.prompt_path = str(Path(root) / name / "prompt.txt")
-        samples.append(sample)
+        said = {"data_root": None, "test_samples": None, "output_root": None}
+        said |= {"output": str(output / f"{safe_name(name)}.mp4"), "ref_image_path": str(picture_in(Path(root) / name))}
+        if not {"prompt", "prompt_path"} & given.keys():
+            said["prompt_path"] = str(Path(root) / name / "prompt.txt")
+        samples.append(Namespace(**vars(args) | said))
     return samples
 
 

@@ -37,10 +37,11 @@ from pipelines.loras import Loras
 from pipelines.memory import check_host_memory, check_memory, free_bytes, free_cached, offload_groups, stage
 from pipelines.model_files import ModelFiles
 from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
+from pipelines.networks import family_of
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.placement import Placement, choose_mode
 from pipelines.record import LEFT_OPEN, begun_as, describe_run
-from pipelines.settings import Settings, family_of, is_tiny
+from pipelines.settings import Settings, is_tiny
 from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.progress_bars import ProgressBars
 

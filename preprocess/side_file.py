@@ -4,7 +4,6 @@ They are replaced without --overwrite only where they are ours, of a run that di
 there under such a name stays. Ours say so in their first bytes.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -15,21 +14,6 @@ from preprocess.output import whole_file
 
 MARK = "Selfsame"
 TABLE = b"clip\tstart\tframes"  # how a drift report begins
-
-
-def side_files(settings: object, output: Path) -> Iterator[Path]:
-    """What a run will put beside this output."""
-    photos = getattr(settings, "stand_in_photos", settings.ip_image if output.suffix == ".mp4" else ())
-    suffixes = [f".face{number}.png" for number in range(len(photos))]
-    suffixes += [".preview.png"] if getattr(settings, "preview", False) else []
-    if not getattr(settings, "no_drift_report", True):
-        suffixes += [".drift.tsv", ".drift.png"]
-    if getattr(settings, "first_frame", None) is not None:
-        suffixes += [f".first_frame{end}" for end in (".png", ".json", ".keypoints.png", ".safetensors")]
-        if getattr(settings, "min_face_score", None) is not None:  # what it tries, see `jobs.attempts`
-            seeds = range(settings.first_frame_seed, settings.first_frame_seed + settings.max_retries + 1)
-            suffixes += [f".first_frame.seed{seed}{end}" for seed in seeds for end in (".png", ".json")]
-    yield from (output.with_suffix(suffix) for suffix in suffixes)
 
 
 def refuse_foreign(path: Path, overwrite: bool) -> None:

@@ -18,6 +18,7 @@ from pipelines import placement
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
+from pipelines.command import resolve_settings
 from pipelines.denoise import Step
 from pipelines.distributed import Processes, start_processes
 from pipelines.job_state import JobState, chosen_before
@@ -27,7 +28,6 @@ from pipelines.memory import offload_groups
 from pipelines.needs import GIB
 from pipelines.placement import place
 from pipelines.record import begun_as
-from pipelines.settings import resolve_settings
 from pipelines.tiny import tiny_text_encoder
 from pipelines.wan import Wan
 from preprocess.record import read_metadata

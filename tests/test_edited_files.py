@@ -20,13 +20,14 @@ import infer_with_vace
 from configs import LONGEST, load_config
 from errors import InputError, UsageError, UserError, WeightsError
 from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.command import method_of
 from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.face_swap.settings import resolve_face_swap
 from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.long_video.settings import resolve_long_video
 from pipelines.lora_settings import resolve_lora_settings
 from pipelines.record import OF_ONE_RUN
-from pipelines.settings import method_of
+from pipelines.settings import recorded
 from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.vace.settings import resolve_vace_settings
 from preprocess.picture_writer import write_picture
@@ -86,7 +87,7 @@ def run_checks(script: str, *flags: str) -> UserError | None:
 def record_of(script: str, path: Path) -> dict:
     module, resolve, flags = SCRIPTS[script]
     settings = resolve(module.parse_args(flags))[0]
-    record = {"settings": {key: value for key, value in settings.as_dict().items() if key not in OF_ONE_RUN}}
+    record = {"settings": {key: value for key, value in recorded(settings).items() if key not in OF_ONE_RUN}}
     path.write_text(json.dumps(record))
     return record
 

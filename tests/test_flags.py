@@ -1,14 +1,19 @@
 """Mistakes on a command line are one line each, with the flag that was meant."""
 
+import argparse
+import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from errors import UsageError
-from pipelines.flags import Parser, add_flags, check_bounds, setting
+from pipelines.flags import Parser, add_flags, again, check_bounds, described, given_by, setting
+from pipelines.whose import settings_classes
 from tests.test_makers import SCRIPTS
 
 PROJECT = Path(__file__).parent.parent
@@ -54,75 +59,105 @@ def test_help_still_lists_every_flag(capsys):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
+    title: ClassVar[str] = "of the base"
+
     seed: int = 0  # says nothing of itself: no flag
     strength: float = setting("of the base", 0.5, low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUpSettings(BaseSettings):
+    title: ClassVar[str] = "of a test"
+
     words: tuple[str, ...] = setting("several, at 100% of the width", (), metavar="WORD", names=("--texts",))
     scale: tuple[float, ...] = setting("one, or each", (1.0,), low=-2, high=2)
     centre: tuple[float, float] | None = setting("of a circle", None, metavar=("X", "Y"), shown="the middle")
     count: int | None = setting("how many", None, low=1, high=9)
     mode: str = setting("which way", "up", choices=("up", "down"))
     dry: bool = setting("nothing is made", False)
+    held: bool = setting("where it is", False, takes_truth=True)
+    share: float = setting("of a whole", 0.5, low=0, high=1, above=True, is_flag=False)
+    found: int | None = setting("by the task", None, low=0, high=9, is_flag=False)
 
 
 @pytest.fixture
 def parser() -> Parser:
     parser = Parser("made up")
-    add_flags(parser, MadeUpSettings, "of a test")
+    add_flags(parser, MadeUpSettings)
     return parser
 
 
-def test_flags_are_those_that_the_class_declares_itself(parser):
-    nothing = parser.parse_args([])
-    assert vars(nothing) == dict.fromkeys(("words", "scale", "centre", "count", "mode", "dry"))  # not the base's
-    given = [
-        "--words",
-        "a",
-        "--texts",
-        "b",
-        "c",
-        "--scale",
-        "1",
-        "--scale",
-        "0.5",
-        "--centre",
-        "0.1",
-        "2",
-        "--count",
-        "3",
-        "--mode",
-        "down",
-        "--dry",
-    ]
-    assert vars(parser.parse_args(given)) == {
-        "words": ["a", "b", "c"],
-        "scale": [1.0, 0.5],
-        "centre": [0.1, 2.0],
-        "count": 3,
-        "mode": "down",
-        "dry": True,
-    }
-    for flags, words in ((["--centre", "1"], "--centre: expected 2 arguments"), (["--count", "x"], "--count: invalid")):
+WORDS = "--words a --texts b c --scale 1 --scale 0.5 --centre 0.1 2 --count 3 --mode down --dry --held False"
+VALUES = {
+    "words": ["a", "b", "c"],
+    "scale": [1.0, 0.5],
+    "centre": [0.1, 2.0],
+    "count": 3,
+    "mode": "down",
+    "dry": True,
+    "held": False,
+}
+
+
+def test_every_field_that_says_something_is_a_flag(parser):
+    assert vars(parser.parse_args([])) == dict.fromkeys(("strength", *VALUES))
+    assert vars(parser.parse_args(WORDS.split())) == {"strength": None, **VALUES}
+    assert parser.parse_args(["--held"]).held is True
+    for flags, words in (
+        (["--centre", "1"], "^--centre: expected 2 arguments"),
+        (["--count", "x"], "^--count: invalid"),
+        (["--texts"], "^--words: expected at least one"),  # under the name that it has here
+        (["--held", "maybe"], "^--held: 'maybe': accepted are True and False"),
+        (["--seed", "1"], "^--seed: no such flag"),
+        (["--found", "1"], "^--found: no such flag"),
+    ):
         with pytest.raises(UsageError, match=words):
             parser.parse_args(flags)
+
+
+def test_flags_of_a_base_may_be_left_out():
+    parser = Parser("made up")
+    add_flags(parser, MadeUpSettings, without=(BaseSettings,))
+    assert vars(parser.parse_args([])).keys() == VALUES.keys()
+
+
+def test_a_field_may_be_said_again():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(MadeUpSettings):
+        title: ClassVar[str] = "of another"
+
+        count: int = again(MadeUpSettings, "count", default=2, names=("--number",))
+
+    parser = Parser("made up")
+    add_flags(parser, Other)
+    assert parser.parse_args(["--number", "5"]).count == 5 and Other().count == 2
+    assert "--count, --number N how many (2)" in " ".join(parser.format_help().split())
+    with pytest.raises(UsageError, match="--count 10: accepted are 1 to 9"):
+        check_bounds(Other(count=10))
+
+
+def test_what_was_typed_is_a_value_that_nobody_writes_to(parser):
+    given = given_by(parser.parse_args(["--count", "3"]))
+    assert dict(given) == {"count": 3}
+    with pytest.raises(TypeError):
+        given["count"] = 4
 
 
 def test_the_help_has_every_default_and_choice(parser):
     shown = " ".join(parser.format_help().split())
     for words in (
         "of a test:",
-        "--words WORD [WORD ...], --texts WORD [WORD ...] several, at 100% of the width --scale",
+        "--words, --texts WORD [WORD ...] several, at 100% of the width (none)",
         "--scale X [X ...] one, or each (1)",
         "--centre X Y of a circle (the middle)",
-        "--count N how many --mode",
+        "--count N how many (none)",
         "--mode {up,down} which way (up)",
-        "--dry nothing is made",
+        "--dry nothing is made (off)",
+        "--held [{True,False}] where it is (off)",
+        "of the base: --strength X of the base (0.5)",
     ):
         assert words in shown, words
-    assert "--strength" not in shown and "--seed" not in shown
+    assert "--seed" not in shown and "--found" not in shown
 
 
 @pytest.mark.parametrize(
@@ -131,6 +166,8 @@ def test_the_help_has_every_default_and_choice(parser):
         ({"count": 10}, r"^--count 10: accepted are 1 to 9$"),
         ({"count": 0}, r"^--count 0: accepted are 1 to 9$"),
         ({"scale": (1.0, float("nan"))}, r"^--scale nan: accepted are -2 to 2$"),
+        ({"share": 0}, r"^--share 0: accepted are numbers above 0, to 1$"),
+        ({"found": 10}, r"^--found 10: accepted are 0 to 9$"),
         ({"strength": 1.5}, r"^--strength 1\.5: accepted are 0 to 1$"),  # the base's too
         ({"mode": "upp"}, r"^--mode upp: accepted are up, down; did you mean up\?$"),
     ],
@@ -140,3 +177,42 @@ def test_bounds_and_choices_are_checked(values, words):
     check_bounds(MadeUpSettings(count=9, scale=(-2, 2), strength=1, mode="down"))
     with pytest.raises(UsageError, match=words):
         check_bounds(MadeUpSettings(**values))
+
+
+# ------------------------------------------------------------------------------------------------- what scripts show
+
+
+def parser_of(script, monkeypatch) -> Parser:
+    """The parser that a script makes."""
+    made = []
+    monkeypatch.setattr(Parser, "parse_args", lambda self, *_: made.append(self))
+    script.parse_args([])
+    return made[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_of_a_script_says_where_its_default_comes_from(script, monkeypatch):
+    """And shows its choices as choices."""
+    parser = parser_of(script, monkeypatch)
+    actions = [action for action in parser._actions if action.dest != "help" and action.help != argparse.SUPPRESS]
+    assert len(actions) > 40
+    for action in actions:
+        assert re.search(r" \(.+\)$", action.help), action.dest
+        assert action.default is None, action.dest
+    shown = {action.dest: action.metavar for action in actions}
+    assert shown["solver"] == "{euler,euler-flow,unipc,dpm++}" and shown["memory"].startswith("{auto,resident,")
+
+
+def test_every_number_of_every_script_has_bounds():
+    checked = set()
+    for kind in settings_classes():
+        for name, (field, what) in described(kind).items():
+            if re.search(r"\b(int|float)\b", str(field.type)):
+                assert what.low is not None and what.high is not None, f"{kind.__name__}.{name}"
+                checked.add(name)
+    assert {"height", "guidance_scale", "overlap_window_length", "num_motion_frames", "target_face_index"} <= checked
+
+
+def test_every_field_of_every_script_says_something_of_itself():
+    for kind in settings_classes():
+        assert described(kind).keys() == {field.name for field in dataclasses.fields(kind)}, kind

@@ -12,8 +12,8 @@ from models.multitalk import load_multitalk
 from models.wan.checkpoint import load_transformer
 from models.wan.float8 import STORAGE, Float8Linear, float8_linears, use_float8
 from models.wan.transformer import WanTransformer
+from pipelines.checks import check_fp8
 from pipelines.memory import offload_groups
-from pipelines.settings import check_fp8
 
 
 def run(model: WanTransformer) -> torch.Tensor:

@@ -156,11 +156,12 @@ def test_interrupted_run_goes_on(tmp_path, pictures, monkeypatch):
 
 def test_json_of_a_plain_run_fits_other_scripts(tmp_path):
     """What only infer.py has is left out of the record where it was not used."""
-    from pipelines.settings import read_run_json
+    from pipelines.earlier_run import read_run_json
+    from pipelines.settings import Settings
 
     flags = [*SMALL, "--no_face_crop", "--output", str(tmp_path / "out.mp4")]
     infer.main(infer.parse_args(flags))
-    assert read_run_json(str(tmp_path / "out.json"))["num_frames"] == 5
+    assert read_run_json(str(tmp_path / "out.json"), Settings)["num_frames"] == 5
     assert "first_frame" not in json.loads((tmp_path / "out.json").read_text())["settings"]
 
 

@@ -19,10 +19,10 @@ from models.wan.transformer import WanTransformer
 from models.wan.vae import WanVAE
 from models.wan.vae_layers import StreamState
 from pipelines import pinned
+from pipelines.command import resolve_settings
 from pipelines.memory import check_memory, place_pipeline, table
 from pipelines.needs import GIB, MODES, Needs, VaeCost, estimate_needs, needs_of_config
 from pipelines.placement import LADDER, choose_mode, next_mode, place
-from pipelines.settings import resolve_settings
 from tests import tiny
 
 FLAGS = ["--wan_version", "2.1", "--ip_image", "assets/face.png", "--prompt", "x", "--memory", "model"]

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from errors import InputError
-from pipelines.settings import read_run_settings
+from pipelines.earlier_run import read_run_settings
 from preprocess.picture_writer import write_picture
 from preprocess.record import LARGEST_RECORD, SIGNATURE, read_picture_metadata
 

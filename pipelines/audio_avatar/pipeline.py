@@ -21,7 +21,7 @@ from models.wan.tea_cache import COEFFICIENTS, TeaCache
 from models.wan.transformer import Prompt
 from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.part import encode_sounds
-from pipelines.audio_avatar.settings import NOT_USED, AvatarSettings
+from pipelines.audio_avatar.settings import AvatarSettings
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.audio_avatar.windows import fuse, latent_length, sound_of
 from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
@@ -305,8 +305,6 @@ class AvatarMaker(VideoMaker):
     def metadata(self, job: Job) -> dict:
         made_of = super().metadata(job)
         del made_of["faces"]
-        for name in NOT_USED:
-            del made_of["settings"][name]
         seconds = round(self.timeline.num_samples / SAMPLE_RATE, 3)
         return made_of | self.hashes | {"seconds": seconds, "windows": len(self.windows)}
 

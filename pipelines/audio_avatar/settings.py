@@ -2,6 +2,7 @@
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,65 +10,93 @@ from typing import ClassVar
 import numpy
 
 from errors import UsageError
-from pipelines.lora_settings import LoraSettings, resolve_lora_settings
-from pipelines.settings import PROJECT, check_pictures, check_values
+from pipelines.checks import check_pictures
+from pipelines.flags import BASE, BESIDE_BASE, FILE, MEDIA, NOTHING, again, described, given_by, setting
+from pipelines.lora_settings import Loras, resolve_lora_settings
+from pipelines.settings import PROJECT, Face, Prompts, Sampling, VideoSize, WanSettings, Weights
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.output import safe_name
 
 # upstream's memory modes -> --memory and --fp8
 GPU_MEMORY_MODES = {
-    "model_full_load": ("resident", None),
-    "Normal": ("resident", None),  # the same, in upstream's web page
-    "model_cpu_offload": ("model", None),
-    "model_cpu_offload_and_qfloat8": ("model", True),
-    "sequential_cpu_offload": ("sequential", None),
+    "model_full_load": {"memory": "resident"},
+    "Normal": {"memory": "resident"},  # the same, in upstream's web page
+    "model_cpu_offload": {"memory": "model"},
+    "model_cpu_offload_and_qfloat8": {"memory": "model", "fp8": True},
+    "sequential_cpu_offload": {"memory": "sequential"},
 }
 SOLVERS = ("euler-flow", "euler")
-CHOICES = {
-    "overlapping_weight_scheme": ("uniform", "log"),
-    "last_window": ("full", "legacy"),
-    "audio_alignment": ("released", "exact"),
-}
-BOUNDS = {
-    "sample_text_guide_scale": (0, 100),
-    "sample_audio_guide_scale": (0, 100),
-    "audio_native_guidance": (0, 100),
-    "color_correction": (0, 1),
-    "num_skip_start_steps": (1, 1000),
-}
 DEMONSTRATION = {"reference_image": f"{PROJECT}/assets/face.png", "audio": f"{PROJECT}/assets/speech.wav"}
-# Fields of text-to-video that a talking avatar has no use for; they stay out of the record beside the video.
-NOT_USED = (
-    *("ip_image", "stand_in_path", "face_parser_path", "allow_no_face", "no_face_crop", "identity_strength"),
-    *("identity_start", "identity_end", "guidance_scale"),
-    *("lora_path_high", "lora_scale_high", "lora_path_low", "lora_scale_low"),
-)
+GUIDANCE = {"low": 0, "high": 100, "metavar": "S"}
 
 
-@dataclass(frozen=True)
-class AvatarSettings(LoraSettings):
-    """`num_frames` is the length of one window (upstream's clip_sample_n_frames); the video is as long as the sound."""
+@dataclass(frozen=True, kw_only=True)
+class AvatarSettings(Loras, WanSettings):
+    """`num_frames` is the length of one window; the video is as long as the sound. Second names are upstream's."""
 
+    script: ClassVar[str] = "infer_audio_avatar.py"
+    title: ClassVar[str] = "talking avatar"
     families: ClassVar[tuple[str, ...]] = ("i2v", "fun")
     real_model: ClassVar[str] = (
         "python download_models.py --only stableavatar-1.3B, then add --config stableavatar-1.3B"
     )
 
-    reference_image: str | None = None  # None: the photo in assets/, for the tiny model only
-    audio: str | None = None  # None: the speech in assets/, likewise
-    transformer_path: str | None = None
-    pretrained_wav2vec_path: str | None = None
-    sample_text_guide_scale: float = 5.0
-    sample_audio_guide_scale: float = 4.0
-    audio_native_guidance: tuple[float, ...] | None = None  # weights of the audio and of the latent-audio pair
-    overlap_window_length: int | None = None  # latent frames; None: 10, or half a window where that is less
-    overlapping_weight_scheme: str = "uniform"
-    last_window: str = "full"
-    audio_alignment: str = "released"
-    color_correction: float = 0.0
-    num_skip_start_steps: int = 5
-    teacache_offload: bool = False
-    fsdp_dit: bool = False
+    reference_image: str | None = setting(
+        "photo: path or URL",
+        None,
+        names=("--validation_reference_path",),
+        metavar="PHOTO",
+        path=MEDIA,
+        shown="that in assets/, of the tiny model",
+    )
+    audio: str | None = setting(
+        "audio file, or a video's sound track",
+        None,
+        names=("--validation_driven_audio_path",),
+        metavar="FILE",
+        path=MEDIA,
+        shown="the speech in assets/, of the tiny model",
+    )
+    prompt: tuple[str, ...] = again(Prompts, "prompt", names=("--validation_prompts",))
+    sample_text_guide_scale: float = setting("how close to the prompt", 5.0, **GUIDANCE)
+    sample_audio_guide_scale: float = setting("… and to the sound", 4.0, **GUIDANCE)
+    audio_native_guidance: tuple[float, float] | None = setting(
+        "experimental, in place of the audio scale: weights of the audio and of the latent-audio pair, 2 2 to try. "
+        "Costs a branch each",
+        None,
+        low=0,
+        high=100,
+        metavar=("AUDIO", "PAIR"),
+    )
+    num_frames: int = again(
+        VideoSize, "num_frames", help="of a window, 4n+1; 81 as trained", names=("--clip_sample_n_frames",)
+    )
+    num_inference_steps: int = again(Sampling, "num_inference_steps", names=("--sample_steps",))
+    overlap_window_length: int | None = setting(
+        "latent frames that windows share", None, low=1, high=1023, shown="10, or half a window where that is less"
+    )
+    overlapping_weight_scheme: str = setting("how they fade into each other", "uniform", choices=("uniform", "log"))
+    last_window: str = setting(
+        "legacy: cut short, and its sound stretched, as upstream", "full", choices=("full", "legacy")
+    )
+    audio_alignment: str = setting(
+        "exact: a window hears just the frames it shows", "released", choices=("released", "exact")
+    )
+    color_correction: float = setting(
+        "towards the photo's colours: 0 to 1", 0.0, low=0, high=1, metavar="S", decides=FILE
+    )
+    base_path: str | None = again(Weights, "base_path", names=("--pretrained_model_name_or_path",))
+    transformer_path: str | None = setting(
+        "StableAvatar's .pt", None, metavar="FILE", path=BASE, shown="square or rectangle, by the size"
+    )
+    pretrained_wav2vec_path: str | None = setting(
+        "folder of wav2vec2-base-960h", None, metavar="FOLDER", path=BESIDE_BASE, shown="the config's, in checkpoints/"
+    )
+    step_cache_threshold: float = again(Sampling, "step_cache_threshold", names=("--teacache_threshold",))
+    num_skip_start_steps: int = setting("steps that teacache always computes", 5, low=1, high=1000)
+    teacache_offload: bool = setting("keep its residuals in RAM", False, decides=NOTHING)
+    fsdp_dit: bool = setting("shard the weights over the processes", False)
+    face_index: int | None = again(Face, "face_index", help="whose likeness is measured, from the left")
 
     @property
     def score_photos(self) -> tuple[str, ...]:
@@ -91,20 +120,13 @@ def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray
         UsageError: values out of bounds, or a combination that makes no sense.
         InputError: a sound or a picture that cannot be used.
     """
-    args = Namespace(**vars(args))  # they are completed below, and may be used again
-    if args.identity is not None:
-        raise UsageError(
-            f"--identity {args.identity[0]}: Stand-In's features are for text-to-video models; here the person is the "
-            "one of --reference_image"
-        )
-    if args.guidance_scale is not None:
-        raise UsageError("--guidance_scale: here are two, --sample_text_guide_scale and --sample_audio_guide_scale")
-    translate_upstream(args)
-    if args.config is None:
-        args.config = "stableavatar-1.3B" if args.base_path or args.transformer_path else "tiny-avatar"
-    settings, config = resolve_lora_settings(args, AvatarSettings, required=False)
+    given = translated(given_by(args))
+    if "config" not in given:
+        real = {"base_path", "transformer_path"} & given.keys()
+        given |= {"config": "stableavatar-1.3B" if real else "tiny-avatar"}
+    settings, config = resolve_lora_settings(given, AvatarSettings, required=False)
     settings = with_demonstration(settings, config)
-    check_avatar(settings, args)
+    check_avatar(settings, given)
     if settings.fsdp_dit:
         settings = dataclasses.replace(settings, memory="resident")
     samples = read_audio(settings.audio)
@@ -112,24 +134,56 @@ def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray
     return settings, config, samples
 
 
-def translate_upstream(args: Namespace) -> None:
-    """Upstream's flags for what other scripts of the toolkit call otherwise."""
-    if args.GPU_memory_mode is not None:
-        if args.GPU_memory_mode not in GPU_MEMORY_MODES:
-            accepted = ", ".join(GPU_MEMORY_MODES)
-            raise UsageError(f"--GPU_memory_mode {args.GPU_memory_mode}: accepted are {accepted}")
-        if args.memory is not None or args.fp8 is not None:
+@dataclass(frozen=True, kw_only=True)
+class AvatarCommand:
+    """What upstream calls otherwise, and flags of other tasks that mean nothing here: none is a setting."""
+
+    script: ClassVar[str] = "infer_audio_avatar.py"
+    title: ClassVar[str] = "upstream's names"
+
+    GPU_memory_mode: str | None = setting("--memory and --fp8", None, choices=tuple(GPU_MEMORY_MODES))
+    enable_teacache: bool = setting("--step_cache teacache", False)
+    output_dir: str | None = setting("write there, under the photo's name", None, metavar="FOLDER")
+    identity: tuple[str, ...] = setting(
+        "not here: Stand-In is for text-to-video models", (), names=("--ip_image",), metavar="PHOTO"
+    )
+    guidance_scale: tuple[float, ...] = setting(
+        "not here: there are --sample_text_guide_scale and --sample_audio_guide_scale", (), low=0, high=100
+    )
+
+
+def translated(given: Mapping[str, object]) -> dict[str, object]:
+    """What was typed, with the toolkit's words for upstream's.
+
+    Raises:
+        UsageError: flags that mean nothing here, or that contradict each other.
+    """
+    if "identity" in given:
+        raise UsageError(
+            f"--identity {given['identity'][0]}: Stand-In's features are for text-to-video models; here the person is "
+            "the one of --reference_image"
+        )
+    if "guidance_scale" in given:
+        raise UsageError("--guidance_scale: here are two, --sample_text_guide_scale and --sample_audio_guide_scale")
+    said = {}
+    if (mode := given.get("GPU_memory_mode")) is not None:
+        if mode not in GPU_MEMORY_MODES:
+            raise UsageError(f"--GPU_memory_mode {mode}: accepted are {', '.join(GPU_MEMORY_MODES)}")
+        if "memory" in given or "fp8" in given:
             raise UsageError("--GPU_memory_mode is another name for --memory and --fp8; give the one or the other")
-        args.memory, args.fp8 = GPU_MEMORY_MODES[args.GPU_memory_mode]
-    if args.enable_teacache:
-        if args.step_cache not in (None, "teacache"):
-            raise UsageError(f"--enable_teacache and --step_cache {args.step_cache} contradict each other; give one")
-        args.step_cache = "teacache"
-    if args.output_dir is not None:
-        if args.output is not None:
+        said |= GPU_MEMORY_MODES[mode]
+    if "enable_teacache" in given:
+        if given.get("step_cache", "teacache") != "teacache":
+            raise UsageError(
+                f"--enable_teacache and --step_cache {given['step_cache']} contradict each other; give one"
+            )
+        said["step_cache"] = "teacache"
+    if "output_dir" in given:
+        if "output" in given:
             raise UsageError("--output_dir and --output: give one; --output_dir names the video after its photo")
-        photo = args.reference_image or DEMONSTRATION["reference_image"]
-        args.output = str(Path(args.output_dir) / f"{safe_name(Path(photo).stem)}.mp4")
+        photo = given.get("reference_image", DEMONSTRATION["reference_image"])
+        said["output"] = str(Path(given["output_dir"]) / f"{safe_name(Path(photo).stem)}.mp4")
+    return {name: value for name, value in given.items() if name not in described(AvatarCommand)} | said
 
 
 def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings:
@@ -140,13 +194,12 @@ def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings
     return dataclasses.replace(settings, **{name: DEMONSTRATION[name] for name in missing})
 
 
-def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
-    """Bounds, choices and combinations of what only a talking avatar has.
+def check_avatar(settings: AvatarSettings, given: Mapping[str, object]) -> None:
+    """Combinations of what only a talking avatar has.
 
     Raises:
         UsageError, InputError.
     """
-    check_values(settings, BOUNDS, CHOICES)
     if settings.solver not in SOLVERS:
         raise UsageError(
             f"--solver {settings.solver}: accepted are {', '.join(SOLVERS)}; windows are fused after each step, which "
@@ -154,7 +207,7 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         )
     if settings.audio_native_guidance is not None and len(settings.audio_native_guidance) != 2:
         raise UsageError("--audio_native_guidance: two weights, of the audio and of the latent-audio pair; 2 2 to try")
-    if settings.audio_native_guidance is not None and args.sample_audio_guide_scale is not None:
+    if settings.audio_native_guidance is not None and "sample_audio_guide_scale" in given:
         raise UsageError("--sample_audio_guide_scale: --audio_native_guidance takes its place; give one")
     if settings.window < 2:
         raise UsageError(f"--clip_sample_n_frames {settings.num_frames}: accepted are 5 or more, 81 as trained")
@@ -165,7 +218,7 @@ def check_avatar(settings: AvatarSettings, args: Namespace) -> None:
         )
     if settings.step_cache != "teacache":
         for name in ("num_skip_start_steps", "teacache_offload"):
-            if getattr(args, name) is not None:
+            if name in given:
                 raise UsageError(f"--{name}: only with --step_cache teacache")
     if settings.fsdp_dit and settings.ulysses_degree * settings.ring_degree == 1:
         raise UsageError("--fsdp_dit shards the weights over the processes of --ulysses_degree or --ring_degree")

@@ -1,65 +1,48 @@
 """The settings of a ConsisID run, checked without torch."""
 
-import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import ClassVar
 
 from errors import UsageError
+from pipelines.checks import check_fp8, check_likeness, check_pictures, round_sizes
+from pipelines.command import merge_settings
+from pipelines.flags import WEIGHTS, again, setting
 from pipelines.settings import (
-    BOUNDS,
-    CHOICES,
+    Guidance,
     LikenessSettings,
-    check_fp8,
-    check_likeness,
-    check_pictures,
-    check_values,
-    merge_settings,
-    round_sizes,
+    Machine,
+    Photos,
+    Prompts,
+    StandIn,
+    Steps,
+    VideoFile,
+    VideoSize,
+    WanMachine,
+    Weights,
 )
 
-FACE_DETECTORS = ("retinaface", "scrfd")
-FACE_SELECTS = ("one", "upstream")
 
-
-@dataclass(frozen=True)
-class ConsisIDSettings(LikenessSettings):
+@dataclass(frozen=True, kw_only=True)
+class ConsisIDSettings(Prompts, Photos, VideoSize, Steps, Guidance, Weights, LikenessSettings, VideoFile, Machine):
     """Everything that decides what a run makes. Fields without a default come from the config or from the user."""
 
-    # what
-    prompt: tuple[str, ...]
-    ip_image: tuple[str, ...]
-    negative_prompt: str
-    height: int
-    width: int
-    num_frames: int
-    fps: float
-    # how
-    num_inference_steps: int
-    guidance_scale: tuple[float, ...]
-    # which weights
-    config: str
-    base_path: str | None = None
-    face_encoder_path: str | None = None
-    antelopv2_path: str | None = None
-    face_parser_path: str | None = None
+    method: ClassVar[str] = "consisid"
+    script: ClassVar[str] = "infer.py"
+    title: ClassVar[str] = "--method consisid"
 
-    seed: tuple[int, ...] = (0,)
-    identity_strength: float = 1.0
-    face_index: int | None = None
-    face_detector: str = "retinaface"
-    face_select: str = "one"
-    # where and on what
-    output: str | None = None  # None: outputs/output.mp4, or the next free number
-    overwrite: bool = False
-    quality: float = 9
-    tiled: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    memory: str = "auto"
-    fp8: bool = False
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+    face_encoder_path: str | None = setting(
+        "folder of RetinaFace and EVA-CLIP", None, metavar="FOLDER", path=WEIGHTS, shown="BASE_PATH/face_encoder"
+    )
+    face_parser_path: str | None = again(StandIn, "face_parser_path")
+    identity_strength: float = again(StandIn, "identity_strength")
+    face_detector: str = setting(
+        "whose points align the face: retinaface, as trained", "retinaface", choices=("retinaface", "scrfd")
+    )
+    face_select: str = setting(
+        "one: one face for all networks; upstream: the authors' two rules", "one", choices=("one", "upstream")
+    )
+    fp8: bool = again(WanMachine, "fp8", default=False, shown="off", left_open=True)
 
 
 def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
@@ -70,7 +53,6 @@ def resolve_consis_id(args: Namespace) -> tuple[ConsisIDSettings, dict]:
         InputError: a photo that is not there.
     """
     settings, config = merge_settings(args, ConsisIDSettings)
-    check_values(settings, BOUNDS, CHOICES | {"face_detector": FACE_DETECTORS, "face_select": FACE_SELECTS})
     check_likeness(settings)
     if len(settings.ip_image) != 1:
         raise UsageError(f"--ip_image: ConsisID takes the photo of one person, {len(settings.ip_image)} were given")

@@ -6,14 +6,16 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy
 
 from configs import load_config
 from errors import ResourceError, UsageError
+from pipelines.flags import FILE, MEDIA, given_by, setting
 from pipelines.lora_settings import LoraSettings, resolve_lora_settings
 from pipelines.networks import shape_of
-from pipelines.settings import PROJECT
+from pipelines.settings import MOST_FACES, PROJECT
 from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe
 from preprocess.video_writer import write_video
@@ -24,15 +26,30 @@ DEMO_CLIP = Path("outputs/demo_clip.mp4")
 LARGEST_SIDE = 16384
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FaceSwapSettings(LoraSettings):
     """`num_frames` is the length of one window; height, width and fps are the input video's."""
 
-    input_video: str | None = None  # None: a clip made from the photo in assets/, for the tiny model only
-    denoising_strength: float = 0.85  # share of the noise range that is run: 1 keeps nothing of the pasted face
-    force_background_consistency: bool = False
-    no_composite: bool = False
-    target_face_index: int | None = None
+    script: ClassVar[str] = "infer_face_swap.py"
+    title: ClassVar[str] = "face swap"
+
+    input_video: str | None = setting(
+        "the video whose face is replaced",
+        None,
+        metavar="FILE",
+        path=MEDIA,
+        shown="of the tiny model: a clip made from the photo in assets/",
+    )
+    denoising_strength: float = setting(
+        "above 0, to 1: how far the pasted face may change (1 keeps nothing of it)", 0.85, low=0, high=1, above=True
+    )
+    force_background_consistency: bool = setting(
+        "hold the input's background at every step, for the smoothest seam", False, takes_truth=True
+    )
+    no_composite: bool = setting("write the whole picture as the model drew it", False, decides=FILE)
+    target_face_index: int | None = setting(
+        "which of several people, from the left", None, low=0, high=MOST_FACES, shown="the largest face"
+    )
 
 
 def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInfo]:
@@ -43,26 +60,22 @@ def resolve_face_swap(args: Namespace) -> tuple[FaceSwapSettings, dict, VideoInf
         InputError: a video that cannot be read.
         ResourceError: a video that does not fit into memory.
     """
+    given = given_by(args)
     for name in ("height", "width"):
-        if getattr(args, name) is not None:
+        if name in given:
             raise UsageError(f"--{name}: a face swap keeps the input video's; leave it out, or convert the video first")
-    if args.fps is not None:  # upstream's flag
+    if "fps" in given:  # upstream's flag
         logger.warning(
             "--fps %g has no effect: a face swap keeps the input video's rate, and its sound; upstream plays the same "
             "frames at --fps, faster or slower than they were filmed",
-            args.fps,
+            given["fps"],
         )
-    settings, config = resolve_lora_settings(args, FaceSwapSettings, required=False)
-    strength = settings.denoising_strength
-    if not (isinstance(strength, int | float) and 0 < strength <= 1):
-        raise UsageError(f"--denoising_strength {strength}: accepted are numbers above 0, to 1")
+    settings, config = resolve_lora_settings(given, FaceSwapSettings, required=False)
     if settings.no_composite and settings.force_background_consistency:
         raise UsageError(
             "--no_composite with --force_background_consistency: one writes what the model drew, the other keeps the "
             "input's pixels; choose one"
         )
-    if settings.target_face_index is not None and settings.target_face_index < 0:
-        raise UsageError(f"--target_face_index {settings.target_face_index}: faces are counted from 0, from the left")
     if len(settings.ip_image) != 1:
         raise UsageError(f"--ip_image: a face swap takes one photo, {len(settings.ip_image)} were given")
     path = settings.input_video

@@ -1,84 +1,93 @@
 """The settings of an InstantID run: checked without torch."""
 
-import dataclasses
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configs import load_config
 from errors import UsageError
-from pipelines.settings import (
-    BOUNDS,
-    CHOICES,
-    LikenessSettings,
-    check_likeness,
-    check_pictures,
-    check_values,
-    merge_settings,
-    round_sizes,
-)
+from pipelines.checks import check_likeness, check_pictures, round_sizes
+from pipelines.command import merge_settings
+from pipelines.flags import MEDIA, WEIGHTS, again, given_by, setting
+from pipelines.settings import Guidance, LikenessSettings, Machine, Output, Photos, Prompts, Steps, VideoSize, Weights
 
 MULTIPLE = 64  # of the picture's sides, which IdentityNet and the region mask see at 1/8, 1/16 and 1/32
 FACE_HEIGHT, FACE_CENTRE, FACE_ROLL = 0.35, (0.5, 0.38), 0.0  # a medium shot
-OWN_BOUNDS = BOUNDS | {
-    "height": (256, 2048),
-    "width": (256, 2048),
-    "ip_adapter_scale": (0, 2),
-    "controlnet_conditioning_scale": (0, 2),
-    "control_guidance_end": (0, 1),
-    "control_scale": (0, 2),
-    "face_height": (0.02, 1.5),
-    "face_centre": (-0.5, 1.5),
-    "face_roll": (-180, 180),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstantIdSettings(LikenessSettings):
+class InstantId:
+    """How InstantID puts a face into a picture."""
+
+    title: ClassVar[str] = "InstantID (pictures, and first frames of videos)"
+
+    sdxl_path: str | None = setting(
+        "any SDXL model: Diffusers folder or single file",
+        None,
+        metavar="PATH",
+        path=WEIGHTS,
+        shown="checkpoints/ of sdxl-base-1.0",
+    )
+    instantid_path: str | None = setting(
+        "folder with ControlNetModel/ and ip-adapter.bin",
+        None,
+        metavar="FOLDER",
+        path=WEIGHTS,
+        shown="checkpoints/ of instantid",
+    )
+    ip_adapter_scale: float = setting("of the face tokens; lower if over-saturated", 0.8, low=0, high=2)
+    controlnet_conditioning_scale: float = setting("of IdentityNet; with the other, more likeness", 0.8, low=0, high=2)
+    control_guidance_end: float = setting("share of the steps with IdentityNet", 1.0, low=0, high=1)
+    pose_image: str | None = setting(
+        "put the face where the one in this picture is",
+        None,
+        metavar="FILE",
+        path=MEDIA,
+        shown="where it is in the photo, or as the three below say",
+    )
+    face_height: float | None = setting(
+        "of the face, as a share of the picture's height", None, low=0.02, high=1.5, shown=f"{FACE_HEIGHT:g}"
+    )
+    face_centre: tuple[float, float] | None = setting(
+        "of the face, as shares",
+        None,
+        low=-0.5,
+        high=1.5,
+        metavar=("X", "Y"),
+        shown=" ".join(f"{share:g}" for share in FACE_CENTRE),
+    )
+    face_roll: float | None = setting(
+        "tilt of the head in degrees, clockwise", None, low=-180, high=180, shown=f"{FACE_ROLL:g}"
+    )
+    region_mask: bool = setting("act on the face only: for prompts with a scene", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstantIdSettings(InstantId, Prompts, Photos, Steps, Guidance, LikenessSettings, Output, Machine):
     """Everything that decides which pictures a run makes. Fields without a default come from the config or the user."""
 
-    prompt: tuple[str, ...]
-    ip_image: tuple[str, ...]  # one photo
-    negative_prompt: str
-    num_inference_steps: int
-    guidance_scale: tuple[float, ...]  # one value
-    config: str
-    sdxl_path: str | None = None  # a Diffusers folder or a single file
-    instantid_path: str | None = None
-    antelopv2_path: str | None = None
-    height: int | None = None  # both None: the photo's own shape
-    width: int | None = None
-    seed: tuple[int, ...] = (0,)
-    face_index: int | None = None
-    ip_adapter_scale: float = 0.8
-    controlnet_conditioning_scale: float = 0.8  # of IdentityNet
-    control_guidance_end: float = 1.0  # of IdentityNet
-    pose_image: str | None = None  # whose face says where the face goes; None: the photo's, or the three below
-    face_height: float | None = None
-    face_centre: tuple[float, ...] | None = None
-    face_roll: float | None = None
-    region_mask: bool = False
-    controlnet: tuple[str, ...] = ()
-    control_image: tuple[str, ...] = ()
-    control_scale: tuple[float, ...] = (1.0,)
-    lcm: bool = False
-    lcm_lora_path: str | None = None
-    prompt_weighting: bool = False
-    output: str | None = None
-    overwrite: bool = False
-    tiled: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    memory: str = "auto"
+    method: ClassVar[str] = "instantid"
+    script: ClassVar[str] = "infer.py"
+    title: ClassVar[str] = "--method instantid"
+
+    config: str = again(Weights, "config", shown="instantid")
+    height: int | None = again(VideoSize, "height", default=None, low=256, high=2048, shown="the photo's shape")
+    width: int | None = again(VideoSize, "width", default=None, low=256, high=2048, shown="the photo's shape")
+    controlnet: tuple[str, ...] = setting("further ControlNets", (), metavar="FOLDER", path=WEIGHTS)
+    control_image: tuple[str, ...] = setting("their pictures", (), metavar="FILE", path=MEDIA)
+    control_scale: tuple[float, ...] = setting("one for all, or each", (1.0,), low=0, high=2)
+    lcm: bool = setting("few steps, by a LoRA: 5, guidance 1.5", False)
+    lcm_lora_path: str | None = setting(
+        "LCM's LoRA", None, metavar="FILE", path=WEIGHTS, shown="checkpoints/ of lcm-lora-sdxl"
+    )
+    prompt_weighting: bool = setting("understand (word), [word] and (word:1.4)", False)
 
     @property
     def framed(self) -> bool:
         """Whether the face is put where the settings say, instead of staying where it is in the photo."""
         chosen = (self.height, self.face_height, self.face_centre, self.face_roll)
         return self.pose_image is None and any(value is not None for value in chosen)
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 def resolve_instant_id(args: Namespace) -> tuple[InstantIdSettings, dict]:
@@ -88,14 +97,14 @@ def resolve_instant_id(args: Namespace) -> tuple[InstantIdSettings, dict]:
         UsageError: values or combinations that make no sense.
         InputError: a picture that is not there.
     """
-    brought = load_config("lcm-lora-sdxl")["defaults"] if args.lcm else None
-    settings, config = merge_settings(args, InstantIdSettings, brought)
+    given = given_by(args)
+    brought = load_config("lcm-lora-sdxl")["defaults"] if "lcm" in given else None
+    settings, config = merge_settings(given, InstantIdSettings, brought)
     return check_instant_id(settings), config
 
 
 def check_instant_id(settings: InstantIdSettings) -> InstantIdSettings:
-    """Bounds, choices and combinations; sizes rounded to what the model makes, with a message."""
-    check_values(settings, OWN_BOUNDS, CHOICES)
+    """Combinations; sizes rounded to what the model makes, with a message."""
     check_likeness(settings)
     if len(settings.ip_image) != 1:
         raise UsageError(f"--ip_image: InstantID takes one photo of one person, {len(settings.ip_image)} were given")

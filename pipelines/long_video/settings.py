@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,14 +24,16 @@ from pipelines.clip_plan import (
     plan_clips,
     prompts_of_clips,
 )
-from pipelines.lora_settings import LoraSettings, brought_defaults, check_lora_settings
-from pipelines.settings import PROJECT, check_values, is_record, resolve_settings
+from pipelines.command import resolve_settings
+from pipelines.earlier_run import is_record
+from pipelines.flags import CONFIG, MEDIA, NOTHING, WEIGHTS, again, check_bounds, described, given_by, setting
+from pipelines.lora_settings import EXPERTS, Loras, LoraSettings, brought_defaults, check_lora_settings
+from pipelines.settings import PROJECT, Face, Guidance, Photos, Sampling, VideoSize
 from pipelines.text_to_video.settings import FirstFrameSettings, check_first_frame
-from pipelines.upstream import conditioning_as_trained, read_svi_command, variant_like
+from pipelines.upstream import SviCommand, conditioning_as_trained, read_svi_command, variant_like
 from pipelines.vace.settings import probe_argument
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.image import read_image
-from preprocess.output import safe_name
 from preprocess.prompts import read_prompt_stream
 from preprocess.record import read_metadata
 from preprocess.video import stream_frames
@@ -43,16 +46,6 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 TRAINED_FRAMES = 81  # of a clip
 GRID = 16  # pixels of a token's side
 MOST_CLIPS = 10_000
-BOUNDS = {
-    "num_clips": (1, MOST_CLIPS),
-    "prompt_repeat_times": (1, MOST_CLIPS),
-    "seed_multiplier": (1, 2**31),
-    "max_width": (GRID, 16384),
-    "boundary": (0, 1),
-    "audio_guidance_scale": (0, 100),
-    "video_frames": (1, 4093 * MOST_CLIPS),
-}
-EXPERT_SUFFIXES = ("_high", "_low")
 DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant, and its flag
 OF_POSE = ("pose_path", "pose_embedder_path")
 OF_AUDIO = ("audio_path", "audio_guidance_scale", "multitalk_path", "audio_encoder_path")
@@ -120,30 +113,87 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         *("video_frames", "num_clips"),
     )
 
-    ip_image: tuple[str, ...] = ()
-    variant: str = "shot"
-    ref_image_path: str | None = None  # None: a `first_frame`, that of `extend`; the tiny model: the photo in assets/
-    num_clips: int | None = None  # None: one for each prompt; 10 for a single one, 3 of the tiny model
-    prompt_repeat: str = "last"
-    prompt_repeat_times: int = 1
-    use_first_prompt_only: bool = False
-    prompt_prefix: str | None = None
-    seed_multiplier: int = 42
-    num_motion_frames: int | None = None  # None: the variant's
-    max_width: int | None = None
-    boundary: float | None = None  # None: the config's
-    first_clip_without_lora: bool = False
-    extend: str | None = None
-    end_image: str | None = None
-    no_drift_report: bool = False
-    audio_path: str | None = None  # of a variant driven by audio
-    audio_encoder_path: str | None = None
-    multitalk_path: str | None = None
-    audio_guidance_scale: float | None = None
-    pose_path: str | None = None  # of one driven by poses
-    pose_embedder_path: str | None = None  # None: in the file of the LoRA, or the released one
-    remove_pose: bool = False  # they say how long the video is, and lead nothing
-    video_frames: int | None = None  # where the sound or the poses end; None: with the last clip
+    script: ClassVar[str] = "infer_long_video.py"
+    title: ClassVar[str] = "long video"
+
+    variant: str = setting("one of the above, or a .yaml like configs/svi-*.yaml", "shot", metavar="NAME", path=CONFIG)
+    ref_image_path: str | None = setting(
+        "first frame and anchor; of a video its first frame",
+        None,
+        names=("--image_path",),
+        metavar="PICTURE",
+        path=MEDIA,
+        shown="a --first_frame, that of --extend, or of the tiny model the photo in assets/",
+    )
+    num_clips: int | None = setting(
+        "how many",
+        None,
+        low=1,
+        high=MOST_CLIPS,
+        shown="one a prompt, 10 for one; as long as sound or poses last",
+    )
+    prompt_repeat: str = setting("when the prompts do not last", "last", choices=PROMPT_REPEATS)
+    prompt_repeat_times: int = setting("clips for each prompt", 1, low=1, high=MOST_CLIPS)
+    use_first_prompt_only: bool = setting("for all clips", False)
+    prompt_prefix: str | None = setting("put in front of every prompt", None, metavar="TEXT", text=True)
+    seed_multiplier: int = setting(
+        "clip k is made from --seed + k times this", 42, low=1, high=2**31, names=("--seed_times",)
+    )
+    num_motion_frames: int | None = setting(
+        "handed to the next clip", None, low=0, high=TRAINED_FRAMES, shown="the variant's: 1; film, 2.0-wan2.1: 5"
+    )
+    max_width: int | None = setting(
+        "the picture's own size, at most so wide, as SVI 1 has it",
+        None,
+        low=GRID,
+        high=16384,
+        shown="the area of --height and --width",
+    )
+    boundary: float | None = setting(
+        "of Wan2.2's experts: low-noise below it", None, low=0, high=1, shown="the config's"
+    )
+    first_clip_without_lora: bool = setting("make clip 0 by the base, which moves more", False)
+    extend: str | None = setting("go on from this video; its frames and sound stay", None, metavar="VIDEO", path=MEDIA)
+    end_image: str | None = setting("the last clip ends on it (--variant 2.0)", None, metavar="PICTURE", path=MEDIA)
+    no_drift_report: bool = setting("do not measure the clips at the end", False, decides=NOTHING)
+    audio_path: str | None = setting("talk: the speech, of an audio or video file", None, metavar="SOUND", path=MEDIA)
+    audio_encoder_path: str | None = setting(
+        "talk: folder of chinese-wav2vec2-base", None, metavar="FOLDER", path=WEIGHTS, shown="the variant's"
+    )
+    multitalk_path: str | None = setting(
+        "talk: MultiTalk's audio layers, multitalk.safetensors",
+        None,
+        metavar="FILE",
+        path=WEIGHTS,
+        shown="the variant's",
+    )
+    audio_guidance_scale: float | None = setting(
+        "talk: how closely it follows the speech", None, low=0, high=100, shown="the variant's: 5"
+    )
+    pose_path: str | None = setting(
+        "dance: poses, drawn by python -m preprocess.control pose", None, metavar="VIDEO", path=MEDIA
+    )
+    pose_embedder_path: str | None = setting(
+        "its poses beside speech: svi-dance.safetensors",
+        None,
+        metavar="FILE",
+        path=WEIGHTS,
+        shown="in the LoRA's file, or the released one",
+    )
+    remove_pose: bool = setting("dance: poses say how long it is, and lead nothing", False)
+    video_frames: int | None = setting(
+        "where the video ends",
+        None,
+        low=1,
+        high=4093 * MOST_CLIPS,
+        is_flag=False,
+    )
+    num_frames: int = again(VideoSize, "num_frames", help="of a clip, 4n+1", names=("--frames_per_clip",))
+    num_inference_steps: int = again(Sampling, "num_inference_steps", names=("--num_steps",))
+    guidance_scale: tuple[float, ...] = again(Guidance, "guidance_scale", names=("--cfg_scale", "--cfg_scale_text"))
+    lora_scale: tuple[float, ...] = again(Loras, "lora_scale", names=("--lora_alpha",))
+    ip_image: tuple[str, ...] = again(Photos, "ip_image", default=(), help="of the person (path or URL)")
+    face_index: int | None = again(Face, "face_index", help="which face of --ip_image, from the left")
 
     @property
     def real_model(self) -> str:
@@ -184,7 +234,7 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
     def without_svi(self) -> "LongVideoSettings":
         """Without SVI's own LoRA, the first one of its flag (`with_svi_loras`)."""
         changes = {}
-        for which in EXPERT_SUFFIXES if self.lora_path_high or self.lora_path_low else ("",):
+        for which in EXPERTS[1:] if self.lora_path_high or self.lora_path_low else ("",):
             paths, scales = getattr(self, f"lora_path{which}"), getattr(self, f"lora_scale{which}")
             changes |= {f"lora_path{which}": paths[1:], f"lora_scale{which}": scales[1:] or scales}
         return dataclasses.replace(self, **changes)
@@ -209,6 +259,18 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongVideoCommand(SviCommand):
+    """What a command says that is no setting."""
+
+    script: ClassVar[str] = "infer_long_video.py"
+    title: ClassVar[str] = "long video"
+
+    prompt_path: str | None = setting('prompts one a line, or prompts = ["…", "…"]', None, metavar="FILE")
+    data_root: str | None = setting("a video of each folder in it: its picture, its prompt.txt", None, metavar="FOLDER")
+    output_root: str | None = setting("write there, under the picture's name", None, metavar="FOLDER")
+
+
 def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.ndarray | None]:
     """Settings, config, and the picture that the video starts from (H, W, 3) uint8; None: a first frame is to be made.
 
@@ -217,43 +279,32 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         InputError: a file that is missing or cannot be used.
         WeightsError: a LoRA that is not there.
     """
-    args = Namespace(**vars(args))  # they are completed below, and may be used again
-    resumed = is_record(args.config)
-    read_svi_command(args)
+    given = read_svi_command(given_by(args))
+    resumed = is_record(given.get("config"))
     if not resumed:
-        choose_config(args)
-    if args.output_root is not None:
-        if args.output is not None:
-            raise UsageError("--output_root and --output: give one; --output_root names the video after its picture")
-        named = args.ref_image_path or (args.ip_image or ["video"])[0]
-        args.output = str(Path(args.output_root) / f"{safe_name(Path(named).stem)}.mp4")
-    brought = {}
-    if not resumed and "svi" not in (base := load_config(args.config)):  # sampled as the variant wants it
-        of_tiny = DRIVEN_DEFAULTS if Variant.of(args.variant).driven_by else ()
-        defaults = variant_config(args.variant)["defaults"]
-        brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
-    if not resumed and args.audio_path is not None and Variant.of(args.variant).driven_by == "pose":
-        brought |= {name: variant_config("talk")["defaults"][name] for name in ("fps", "audio_guidance_scale")}
-    brought |= brought_defaults(args.lora_config)
-    if args.prompt_path is not None:
-        if args.prompt is not None:
+        given = with_config(given)
+    brought = brought_by(given) | brought_defaults(given.get("lora_config"))
+    if "prompt_path" in given:
+        if "prompt" in given:
             raise UsageError("--prompt and --prompt_path: give one of them")
-        brought["prompt"] = read_prompt_stream(args.prompt_path)
-    settings, config = resolve_settings(args, LongVideoSettings, brought)
-    if args.cfg_scale_audio is not None and settings.driven_by == "audio":
-        settings = dataclasses.replace(settings, audio_guidance_scale=args.cfg_scale_audio)
-    motion_frames = conditioning_as_trained(args, Variant.of(settings.variant), settings.num_motion_frames)
+        brought["prompt"] = read_prompt_stream(given["prompt_path"])
+    own = {name: value for name, value in given.items() if name not in described(LongVideoCommand)}
+    settings, config = resolve_settings(own, LongVideoSettings, brought)
+    if "cfg_scale_audio" in given and settings.driven_by == "audio":
+        settings = dataclasses.replace(settings, audio_guidance_scale=given["cfg_scale_audio"])
+        check_bounds(settings)
+    motion_frames = conditioning_as_trained(given, Variant.of(settings.variant), settings.num_motion_frames)
     settings = dataclasses.replace(settings, num_motion_frames=motion_frames)
     check_long_video(settings, config)
     settings = with_svi_loras(settings, config)
-    check_lora_settings(settings, config, args)
-    if settings.extend is not None and args.fps is not None:
+    check_lora_settings(settings, config, given)
+    if settings.extend is not None and "fps" in given:
         raise UsageError("--fps with --extend: the video goes on at its own rate; leave it out")
-    if settings.extend is not None and args.seed is None and not resumed:
+    if settings.extend is not None and "seed" not in given and not resumed:
         settings = dataclasses.replace(settings, seed=(next_seed(settings),))
     picture = None if settings.first_frame else read_picture(settings, config)
-    settings = follow_picture(settings, picture, None if resumed else (args.height, args.width))
-    settings = follow_driver(settings, rate_is_given=resumed or args.fps is not None)
+    settings = follow_picture(settings, picture, None if resumed else (given.get("height"), given.get("width")))
+    settings = follow_driver(settings, rate_is_given=resumed or "fps" in given)
     settings = count_clips(settings, config)
     if settings.boundary is not None:
         config = config | {"boundary": settings.boundary}
@@ -263,28 +314,49 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     return settings, config, picture
 
 
-def choose_config(args: Namespace) -> None:
-    """The model and the variant, where the user named one of them or neither: the variant that SVI's file is for."""
-    files = args.lora_path_high or args.lora_path_low
-    if args.config is None or args.extra_module_root is not None:
-        files = files or args.lora_path
-    if args.variant is None and files and (args.config is None or "svi" not in load_config(args.config)):
-        args.variant = variant_of_file(Path(files[0]).name) or variant_like(args)
-    if args.config is None:
-        real = (args.variant, args.base_path, args.lora_path, args.lora_path_high, args.lora_path_low)
-        args.config = variant_config(args.variant or "shot")["name"] if any(real) else "tiny-i2v"
-    config = load_config(args.config)
+def with_config(given: Mapping[str, object]) -> Mapping[str, object]:
+    """What was typed, with the model and the variant, where the user named one of them or neither: the variant that
+    SVI's file is for.
+
+    Raises:
+        UsageError: the two contradict each other.
+    """
+    name, variant = given.get("config"), given.get("variant")
+    files = given.get("lora_path_high") or given.get("lora_path_low")
+    if name is None or "extra_module_root" in given:
+        files = files or given.get("lora_path")
+    if variant is None and files and (name is None or "svi" not in load_config(name)):
+        variant = variant_of_file(Path(files[0]).name) or variant_like(given)
+    if name is None:
+        real = {"base_path", "lora_path", "lora_path_high", "lora_path_low"} & given.keys()
+        name = variant_config(variant or "shot")["name"] if variant or real else "tiny-i2v"
+    config = load_config(name)
     if "svi" not in config:
-        args.variant = args.variant or "shot"
-    elif args.variant is None:
-        args.variant = config["name"].removeprefix("svi-")
-    elif variant_config(args.variant)["svi"] != config["svi"]:
-        raise UsageError(f"--variant {args.variant} and --config {args.config} contradict each other; give one")
+        variant = variant or "shot"
+    elif variant is None:
+        variant = config["name"].removeprefix("svi-")
+    elif variant_config(variant)["svi"] != config["svi"]:
+        raise UsageError(f"--variant {variant} and --config {name} contradict each other; give one")
+    return {**given, "config": name, "variant": variant}
+
+
+def brought_by(given: Mapping[str, object]) -> dict[str, object]:
+    """How the variant wants its model to be sampled; an earlier run's record has it all."""
+    if is_record(given.get("config")):
+        return {}
+    variant, base, brought = given["variant"], load_config(given["config"]), {}
+    driven_by = Variant.of(variant).driven_by
+    if "svi" not in base:
+        of_tiny = DRIVEN_DEFAULTS if driven_by else ()
+        defaults = variant_config(variant)["defaults"]
+        brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
+    if "audio_path" in given and driven_by == "pose":
+        brought |= {name: variant_config("talk")["defaults"][name] for name in ("fps", "audio_guidance_scale")}
+    return brought
 
 
 def check_long_video(settings: LongVideoSettings, config: dict) -> None:
     variant, released = settings.svi, variant_config(settings.variant)
-    check_values(settings, BOUNDS, {"prompt_repeat": PROMPT_REPEATS})
     if bool(config.get("experts")) != bool(released.get("experts")):
         raise UsageError(
             f"--config {config['name']} with --variant {variant.name}: that is for "
@@ -361,7 +433,7 @@ def with_svi_loras(settings: LongVideoSettings, config: dict) -> LongVideoSettin
     released = variant_config(settings.variant)
     preset = load_config(settings.lora_config) if settings.lora_config else {}
     changes = {}
-    for which in EXPERT_SUFFIXES if config.get("experts") else ("",):
+    for which in EXPERTS[1:] if config.get("experts") else ("",):
         paths, part = getattr(settings, f"lora_path{which}"), f"lora{which}"
         if not paths and not config.get("tiny"):
             paths = (str(part_path(released, part)),)

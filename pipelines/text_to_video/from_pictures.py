@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy
 from torch import Tensor
 
+from pipelines.checks import check_split
 from pipelines.conditions import ShownVAE, best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
 from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
 from pipelines.jobs import Job
-from pipelines.networks import shape_of
-from pipelines.settings import check_split, family_of
+from pipelines.networks import family_of, shape_of
 from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.text_to_video.settings import ImageToVideoSettings
 from pipelines.wan import Wan

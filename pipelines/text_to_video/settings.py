@@ -3,25 +3,20 @@
 import dataclasses
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configs import load_config
 from errors import UsageError
-from pipelines.instant_id.settings import (
-    MULTIPLE,
-    InstantIdSettings,
-    check_instant_id,
-)
-from pipelines.settings import (
-    LikenessSettings,
-    Settings,
-    check_pictures,
-    family_of,
-    resolve_settings,
-)
+from pipelines.checks import check_pictures
+from pipelines.command import resolve_settings
+from pipelines.flags import MEDIA, described, given_by, setting
+from pipelines.instant_id.settings import MULTIPLE, InstantId, InstantIdSettings, check_instant_id
+from pipelines.networks import family_of
+from pipelines.settings import LARGEST_SEED, Settings
 
-FIRST_FRAMES = ("instantid",)
 PICTURE_AREA = 1024 * 1024  # of the pictures that SDXL makes best
 PICTURE_AREAS = (0.8 * 2**20, 1.1 * 2**20)  # what is near enough to it
 # --wan_version -> what --image and --first_frame take by themselves
@@ -29,24 +24,16 @@ PICTURE_CONFIGS = {None: "tiny-i2v", "2.1": "wan2.1-i2v-14B-480P", "2.2": "wan2.
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstFrameSettings(LikenessSettings):
+class FirstFrameSettings(InstantId):
     """A picture to start from, made from the photo by InstantID. To be put before a script's own `Settings` among the
-    bases. Its fields have InstantID's names and meanings.
+    bases.
     """
 
-    first_frame: str | None = None
-    first_frame_prompt: str | None = None  # the scene; None: the video's prompt
-    first_frame_seed: int = 0
-    sdxl_path: str | None = None
-    instantid_path: str | None = None
-    ip_adapter_scale: float = 0.8
-    controlnet_conditioning_scale: float = 0.8
-    control_guidance_end: float = 1.0
-    pose_image: str | None = None
-    face_height: float | None = None
-    face_centre: tuple[float, ...] | None = None
-    face_roll: float | None = None
-    region_mask: bool = False
+    title: ClassVar[str] = "image-to-video"
+
+    first_frame: str | None = setting("make the first frame from --ip_image", None, choices=("instantid",))
+    first_frame_prompt: str | None = setting("its scene", None, metavar="TEXT", text=True, shown="the video's prompt")
+    first_frame_seed: int = setting("of the first frame", 0, low=0, high=LARGEST_SEED)
 
     @property
     def stand_in_photos(self) -> tuple[str, ...]:
@@ -62,12 +49,10 @@ def check_first_frame(settings: FirstFrameSettings) -> None:
         InputError: a photo that is not there.
     """
     if settings.first_frame is None:
-        for name in FirstFrameSettings.__annotations__:
-            if getattr(settings, name) != getattr(FirstFrameSettings, name):
+        for name, (field, _) in described(FirstFrameSettings).items():
+            if getattr(settings, name) != field.default:
                 raise UsageError(f"--{name}: used only with --first_frame instantid (or --method instantid)")
         return
-    if settings.first_frame not in FIRST_FRAMES:
-        raise UsageError(f"--first_frame {settings.first_frame}: accepted is {', '.join(FIRST_FRAMES)}")
     picture_settings(settings)
 
 
@@ -115,21 +100,20 @@ class ImageToVideoSettings(FirstFrameSettings, Settings):
     width say how many pixels it has.
     """
 
-    families = ("t2v", "ti2v", "i2v", "fun", "flf2v")
+    script: ClassVar[str] = "infer.py"
+    title: ClassVar[str] = "image-to-video"
+    families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v", "i2v", "fun", "flf2v")
+    plain: ClassVar[type] = Settings  # so the record of a run without a picture fits all scripts
 
-    image: str | None = None
-    last_image: str | None = None
+    image: str | None = setting("the first frame; the video keeps its shape", None, metavar="FILE", path=MEDIA)
+    last_image: str | None = setting(
+        "the last frame, of models from one picture to another", None, metavar="FILE", path=MEDIA
+    )
 
     @property
     def score_photos(self) -> tuple[str, ...]:
         """Whom the video is compared with: the photo's people, or who is in the picture it starts from."""
         return self.ip_image or ((self.image,) if self.image else ())
-
-    def as_dict(self) -> dict:
-        """Without what `Settings` does not have, where it is at its default: a plain run's JSON fits all scripts."""
-        shared = {field.name for field in dataclasses.fields(Settings)}
-        own = {field.name: field.default for field in dataclasses.fields(self) if field.name not in shared}
-        return {name: value for name, value in super().as_dict().items() if name not in own or value != own[name]}
 
 
 def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]:
@@ -139,12 +123,7 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
         UsageError: also for pictures the model does not take, or lacks.
         InputError: a picture that is not there.
     """
-    args = Namespace(**vars(args))  # they are completed below, and may be used again
-    if args.config is None and (args.image or args.last_image or args.first_frame):
-        version = args.wan_version or ("2.1" if args.base_path else None)
-        if version in PICTURE_CONFIGS:
-            args.config, args.wan_version = PICTURE_CONFIGS[version], None
-    settings, config = resolve_settings(args, ImageToVideoSettings)
+    settings, config = resolve_settings(with_picture_config(given_by(args)), ImageToVideoSettings)
     check_first_frame(settings)
     if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
         raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
@@ -168,6 +147,17 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
     if family != "flf2v" and settings.last_image is not None:
         raise UsageError(f"--last_image: {name} takes none; use --config wan2.1-flf2v-14B-720P")
     return settings, config
+
+
+def with_picture_config(given: Mapping[str, object]) -> Mapping[str, object]:
+    """What was typed, with the config that a picture to start from takes by itself."""
+    if "config" in given or not {"image", "last_image", "first_frame"} & given.keys():
+        return given
+    version = given.get("wan_version", "2.1" if "base_path" in given else None)
+    if version not in PICTURE_CONFIGS:
+        return given
+    others = {name: value for name, value in given.items() if name != "wan_version"}
+    return others | {"config": PICTURE_CONFIGS[version]}
 
 
 def first_frame_path(output: Path) -> Path:

@@ -8,15 +8,19 @@ import dataclasses
 import logging
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy
 import psutil
 
 from errors import InputError, ResourceError, UsageError
-from pipelines.flags import setting
+from pipelines.checks import check_pictures
+from pipelines.earlier_run import is_record
+from pipelines.flags import BASE, MEDIA, again, given_by, setting
 from pipelines.lora_settings import LoraSettings, resolve_lora_settings
-from pipelines.settings import check_pictures, is_record
+from pipelines.settings import Photos
 from preprocess.image import read_image
 from preprocess.output import readable_bytes
 from preprocess.video import VideoInfo, probe, read_frames
@@ -33,13 +37,24 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 class VaceSettings(LoraSettings):
     """What a VACE run adds to `LoraSettings`. Photos of a person are optional here."""
 
-    ip_image: tuple[str, ...] = ()
+    script: ClassVar[str] = "infer_with_vace.py"
+    title: ClassVar[str] = "control"
+
+    ip_image: tuple[str, ...] = again(Photos, "ip_image", default=())
     vace_path: str | None = setting(
-        "VACE weights, file or folder; alone or with their base (else --base_path)", None, metavar="PATH"
+        "VACE weights, file or folder; alone or with their base (else --base_path)",
+        None,
+        metavar="PATH",
+        path=BASE,
+        shown="the config's, in checkpoints/",
     )
-    reference_video: str | None = setting("control: pose, depth, sketch, or a video to paint in", None, metavar="VIDEO")
-    reference_mask: str | None = setting("video or picture; white is made, black is kept", None, metavar="FILE")
-    reference_image: tuple[str, ...] = setting("things to show, in this order", (), metavar="PICTURE")
+    reference_video: str | None = setting(
+        "control: pose, depth, sketch, or a video to paint in", None, metavar="VIDEO", path=MEDIA
+    )
+    reference_mask: str | None = setting(
+        "video or picture; white is made, black is kept", None, metavar="FILE", path=MEDIA
+    )
+    reference_image: tuple[str, ...] = setting("things to show, in this order", (), metavar="PICTURE", path=MEDIA)
     vace_scale: float | None = setting(
         "of the control: 1 as trained, 0 none", None, low=0, high=10, shown=f"1; with --ip_image {BESIDE_IDENTITY:g}"
     )
@@ -61,11 +76,9 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         UsageError: values or combinations that make no sense.
         InputError: a file that is missing or cannot be used; a mask that does not fit its video.
     """
-    args = Namespace(**vars(args))  # they are completed below, and may be used again
-    if args.config is None:
-        args.config = default_config(args)
-    args.wan_version = None
-    settings, config = resolve_lora_settings(args, VaceSettings, required=False)
+    given = given_by(args)
+    given = {name: value for name, value in given.items() if name != "wan_version"} | {"config": config_of(given)}
+    settings, config = resolve_lora_settings(given, VaceSettings, required=False)
     if config.get("experts"):
         raise UsageError(
             f"--config {config['name']}: VACE was released for Wan2.1; use stand-in-wan2.1 or wan2.1-vace-*"
@@ -90,9 +103,9 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
     if settings.reference_mask is not None:
         check_mask_size(settings.reference_mask, info)
     # An earlier run's record holds what its video had, as if given.
-    earlier = is_record(args.config)
-    given = {n for n in ("height", "width", "num_frames", "fps") if earlier or getattr(args, n) is not None}
-    settings = follow_control(settings, info, given)
+    earlier = is_record(given["config"])
+    decided = {name for name in ("height", "width", "num_frames", "fps") if earlier or name in given}
+    settings = follow_control(settings, info, decided)
     check_fits_memory(settings, info)
     return settings, config
 
@@ -114,12 +127,19 @@ def check_fits_memory(settings: VaceSettings, info: VideoInfo) -> None:
         )
 
 
-def default_config(args: Namespace) -> str:
-    if args.wan_version not in (None, "2.1"):
-        raise UsageError(f"--wan_version {args.wan_version}: VACE was released for Wan2.1; use 2.1")
-    if not any((args.wan_version, args.vace_path, args.base_path, args.stand_in_path)):
+def config_of(given: Mapping[str, object]) -> str:
+    """--config, or what stands for it where none was typed.
+
+    Raises:
+        UsageError: a version that has no VACE.
+    """
+    if "config" in given:
+        return given["config"]
+    if given.get("wan_version") not in (None, "2.1"):
+        raise UsageError(f"--wan_version {given['wan_version']}: VACE was released for Wan2.1; use 2.1")
+    if not {"wan_version", "vace_path", "base_path", "stand_in_path"} & given.keys():
         return "tiny"
-    return "stand-in-wan2.1" if args.ip_image else "wan2.1-vace-14B"
+    return "stand-in-wan2.1" if "ip_image" in given else "wan2.1-vace-14B"
 
 
 def follow_control(settings: VaceSettings, info: VideoInfo, given: set[str]) -> VaceSettings:
