@@ -220,7 +220,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse's.
 
         Raises:
-            UsageError: an unknown flag, with the nearest one; a word that belongs to none; a value of another type.
+            UsageError: an unknown flag, with the nearest one, and the script that has it; a word that belongs to none;
+                a value of another type.
         """
         namespace, strange = self.parse_known_args(args, namespace)
         if not strange:
@@ -229,8 +230,12 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith("--"):
             raise UsageError(f"{strange[0][:60]!r} belongs to no flag; see python {self.prog} --help")
         shown = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        hint = nearest(name[:60], shown) or f"; see python {self.prog} --help"
-        raise UsageError(f"{name[:60]}: no such flag{hint}")
+        from pipelines.whose import script_with_flag  # here: it looks at the settings of all scripts
+
+        hint = nearest(name[:60], shown)
+        if (script := script_with_flag(name)) is not None:
+            raise UsageError(f"{name}: no such flag here ({script} has it){hint}")
+        raise UsageError(f"{name[:60]}: no such flag{hint or f'; see python {self.prog} --help'}")
 
     @staticmethod
     def _first_name(message: str) -> str:

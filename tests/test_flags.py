@@ -11,6 +11,10 @@ from typing import ClassVar
 
 import pytest
 
+import infer
+import infer_audio_avatar
+import infer_long_video
+import infer_with_lora
 from errors import UsageError
 from pipelines.flags import Parser, add_flags, again, check_bounds, described, given_by, setting
 from pipelines.whose import settings_classes
@@ -36,6 +40,25 @@ def test_a_mistake_is_one_line(script, flags, words):
     with pytest.raises(UsageError, match=words) as error:
         script.parse_args(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "words"),
+    [
+        (infer, "--num_clips", r"^--num_clips: no such flag here \(infer_long_video\.py has it\)"),
+        (infer, "--lora_path", r"^--lora_path: no such flag here \(infer_with_lora\.py has it\)"),  # several have it
+        (infer, "--vace_scale=2", r"^--vace_scale: no such flag here \(infer_with_vace\.py has it\)"),
+        (infer, "--sample_steps", r"^--sample_steps: no such flag here \(infer_audio_avatar\.py has it\)"),
+        (infer_audio_avatar, "--lora_path_high", r" \(infer_with_lora\.py has it\); did you mean --lora_path\?$"),
+        (infer_with_lora, "--method", r"^--method: no such flag here \(infer\.py has it\)"),
+        (infer_with_lora, "--face_encoder_path", r" \(infer\.py has it\); did you mean --image_encoder_path\?$"),
+        (infer_long_video, "--identity_strength", r"^--identity_strength: no such flag here \(infer\.py has it\)$"),
+        (infer_long_video, "--denoising_strength", r" \(infer_face_swap\.py has it\)"),
+    ],
+)
+def test_a_flag_of_another_script_names_that_script(script, flag, words):
+    with pytest.raises(UsageError, match=words):
+        script.parse_args([flag, "1"])
 
 
 def test_as_a_user_sees_it():
