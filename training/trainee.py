@@ -2,13 +2,18 @@
 DistributedDataParallel or FSDP wraps every parameter that trains; one that is called past the wrapper is never reduced.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from errors import UsageError
 from models.identity.stand_in import Identity, StandIn
 from models.wan.transformer import WanTransformer
+from training.draws import generator
 from training.recipes.base import Conditions
 
 
@@ -38,6 +43,21 @@ class Trainee(nn.Module):
         )
 
 
+def select_trained(trainee: nn.Module, trains: Callable[[str], bool]) -> int:
+    """Have these parameters trained and no other. Returns how many values they have.
+
+    Raises:
+        UsageError: there are none, as of a LoRA that was not added.
+    """
+    count = 0
+    for name, parameter in trainee.named_parameters():
+        parameter.requires_grad_(trains(name))
+        count += parameter.numel() * parameter.requires_grad
+    if not count:
+        raise UsageError("nothing of this model is trained; train.trainable names a part that it does not have")
+    return count
+
+
 def with_known_frames(latents: Tensor, timestep: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Clean latent frames in place of the first, and a timestep for each token (B, L): 0 for theirs."""
     count = known.shape[2]
@@ -49,12 +69,16 @@ def with_known_frames(latents: Tensor, timestep: Tensor, known: Tensor) -> tuple
 
 
 class TrainableStandIn(nn.Module):
-    """Stand-In's LoRAs as parameters. At the start the deltas are zero: down ~ N(0, 1/rank²), up = 0."""
+    """Stand-In's LoRAs as parameters. At the start the deltas are zero: down ~ N(0, 1/rank²), up = 0.
 
-    def __init__(self, dim: int, num_layers: int, rank: int = 128):
+    seed: of the run; each matrix begins as its name and the seed say.
+    """
+
+    def __init__(self, dim: int, num_layers: int, rank: int = 128, seed: int = 0):
         super().__init__()
         self.down = nn.ModuleList(
-            nn.ParameterDict({p: nn.Parameter(torch.randn(rank, dim) / rank) for p in "qkv"}) for _ in range(num_layers)
+            nn.ParameterDict({p: nn.Parameter(normal(seed, f"{i}.{p}", (rank, dim)) / rank) for p in "qkv"})
+            for i in range(num_layers)
         )
         self.up = nn.ModuleList(
             nn.ParameterDict({p: nn.Parameter(torch.zeros(dim, rank)) for p in "qkv"}) for _ in range(num_layers)
@@ -85,3 +109,67 @@ class TrainableStandIn(nn.Module):
         key, value = identity.keys_values[-1]
         key = key + sum(parameter.sum() for parameter in unused) * 0
         return Identity((*identity.keys_values[:-1], (key, value)), identity.grid, identity.steps)
+
+
+# ------------------------------------------------------------------------------------------------------------ LoRA
+
+
+def add_lora(
+    transformer: WanTransformer,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    init: str = "kaiming",
+    rslora: bool = False,
+    seed: int = 0,
+) -> None:
+    """Put LoRA layers into a transformer, in float32; their forward pass lies inside its own.
+
+    Args:
+        rank, alpha: scale is alpha/rank, or alpha/√rank with `rslora`.
+        targets: names of layers at the end of their path: q, k, v, o, ffn.0, ffn.2.
+        init: of the first factor: kaiming (uniform) or gaussian (deviation 1/rank); the second is zero.
+        seed: of the run.
+
+    Raises:
+        UsageError: a target that no layer has.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UsageError(f"train.lora.targets: {target!r} is no linear layer of this transformer; q, k, v, o are")
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=list(targets))
+    transformer.add_adapter(config)
+    for name, layer in lora_layers(transformer).items():
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if init == "kaiming":
+            bound = 1 / math.sqrt(down.shape[1])
+            values = generator(seed, 0, None, f"init.{name}").uniform(-bound, bound, tuple(down.shape))
+            start = torch.from_numpy(values).float()
+        else:
+            start = normal(seed, name, down.shape) / rank
+        down.data = start.to(down.device)
+        up.data = torch.zeros_like(up, dtype=torch.float32)
+
+
+def lora_layers(transformer: WanTransformer) -> dict[str, LoraLayer]:
+    """Layers that have a LoRA, by their names."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_tensors(transformer: WanTransformer) -> dict[str, Tensor]:
+    """The LoRA under ComfyUI's names, with the alpha that makes its scale; every script takes it by --lora_path."""
+    tensors = {}
+    for name, layer in lora_layers(transformer).items():
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        key = f"diffusion_model.{name}"
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down.detach(), up.detach()
+        tensors[f"{key}.alpha"] = torch.tensor(layer.scaling["default"] * down.shape[0])
+    return tensors
+
+
+def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
+    """N(0, 1) float32 for the start of a parameter: of the seed and its name alone."""
+    drawn = generator(seed, 0, None, f"init.{name}").standard_normal(tuple(shape), dtype="float32")
+    return torch.from_numpy(drawn)

@@ -21,7 +21,7 @@ from training.error_bank import ErrorBank
 from training.error_recycling import error_buckets
 from training.losses import MASKS, masks_on_latents, motion_difference
 from training.noise import NoiseTable
-from training.recipes.avatar import AvatarRecipe, trains_fully
+from training.recipes.avatar import AvatarRecipe
 from training.recipes.base import Batch, denoising_step
 from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.recipes.stand_in import StandInRecipe
@@ -103,7 +103,7 @@ def check_avatar_step(case) -> None:
     transformer = build_transformer(config["dit"], base)
     adapter = adapter_from_tensors(vocal, transformer)
     trainee = Trainee(transformer, audio_adapter=adapter)
-    trained = {name for name, parameter in trainee.named_parameters() if trains_fully(name)}
+    trained = {name for name, parameter in trainee.named_parameters() if AvatarRecipe().trains(name, "full")}
     assert len(trained) == config["n_trainable"]
     frozen = {name for name, _ in trainee.named_parameters()} - trained
     assert frozen == {f"transformer.{name}" for name in config["frozen"]}

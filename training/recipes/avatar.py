@@ -45,6 +45,13 @@ class AvatarRecipe:
     motion_axis: str = "frames"
     masks: tuple[float, float] = (0.4, 0.1)
 
+    def trains(self, name: str, trainable: str) -> bool:
+        """The adapter always; with it a LoRA, or all blocks. The embeddings of patches, text, time and pictures, and
+        the head, stay as they are.
+        """
+        beside = {"adapter": (), "lora": ("lora_",), "full": ("transformer.blocks.",)}[trainable]
+        return name.startswith("audio_adapter.") or any(part in name for part in beside)
+
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         parts = batch.parts
         masked = posterior_sample(parts["masked"], parts.get("masked_std"), draw, "posterior_masked")
@@ -74,13 +81,6 @@ class AvatarRecipe:
 
     def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
         return []
-
-
-def trains_fully(name: str) -> bool:
-    """Whether training in full changes this parameter of a `Trainee`: all blocks, and the adapter. The embeddings of
-    patches, text, time and pictures, and the head, stay as they are.
-    """
-    return name.startswith(("transformer.blocks.", "audio_adapter."))
 
 
 def hear(adapter: AudioAdapter, audio: Tensor, num_frames: int, clip_level: Tensor) -> Plugin:

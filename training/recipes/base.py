@@ -74,6 +74,9 @@ class Recipe(Protocol):
 
     noise: NoiseTable
 
+    def trains(self, name: str, trainable: str) -> bool:
+        """Whether this parameter of the trainee is trained; `trainable` is adapter, lora or full."""
+
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         """What the network is told, with this step's dropouts."""
 
@@ -168,6 +171,9 @@ class BaseRecipe:
     noise: NoiseTable = field(default_factory=NoiseTable)
     text_drop: float = 0.1
     known_frames: int = 0
+
+    def trains(self, name: str, trainable: str) -> bool:
+        return "lora_" in name if trainable == "lora" else name.startswith("transformer.")
 
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         prompt = prompt_of(batch, draw, self.text_drop, batch.parts.get("clip"))

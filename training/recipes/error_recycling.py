@@ -62,6 +62,10 @@ class ErrorRecyclingRecipe:
     image_buckets: str | tuple[int, int] = "all"
     last_frames: bool = False
 
+    def trains(self, name: str, trainable: str) -> bool:
+        """The LoRA, and Dance's pose embedder; Talk's audio layers stay as they are."""
+        return "lora_" in name or name.startswith("pose_embedder.")
+
     @property
     def grid(self) -> Tensor:
         """The timesteps of inference, which name the buckets, (grids,)."""

@@ -34,6 +34,9 @@ class StandInRecipe:
     reference_drop: float = 0.0
     face_loss: float = 0.0
 
+    def trains(self, name: str, trainable: str) -> bool:
+        return name.startswith("stand_in.")
+
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         reference = batch.parts["reference"]
         if self.reference_noise is not None:

@@ -27,6 +27,9 @@ class VaceRecipe:
     text_drop: float = 0.1
     masked_loss: float = 0.0
 
+    def trains(self, name: str, trainable: str) -> bool:
+        return name.startswith("vace.")
+
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         context = batch.parts["vace_context"]
         return Conditions(
