@@ -53,6 +53,7 @@ class Setting:
     text: a text that a model reads, and is checked as one; `needed`: it may not be empty.
     path: what lies where it points: `MEDIA`, `WEIGHTS`, `BASE`, `BESIDE_BASE` or `CONFIG`; "": it is no path.
     decides: `LATENTS`, `FILE`, `NOTHING` or `ONE_RUN`.
+    later_clips: whether it may change while the clips that are finished still count.
     left_open: by default --memory auto chooses it, by the memory that is free at the moment.
     """
 
@@ -71,6 +72,7 @@ class Setting:
     needed: bool = False
     path: str = ""
     decides: str = LATENTS
+    later_clips: bool = False
     left_open: bool = False
 
 

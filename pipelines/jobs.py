@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from errors import InputError, UsageError
-from pipelines.record import LEFT_OPEN, OF_THE_MACHINE, counted
+from pipelines.record import counted, left_open
 from pipelines.settings import LikenessSettings, Settings, recorded
 from preprocess.output import OutputExistsError, free_disk_or_error, refuse_if_written, refuse_planted, resolve_output
 from preprocess.record import read_comment, read_record, read_text, sidecar_path
@@ -116,10 +116,10 @@ def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> 
         return False
     prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
     wanted = recorded(replace(settings, prompt=prompts, seed=(seed,)))
-    without = ("height", "width", *OF_THE_MACHINE, *(["seed"] if settings.min_face_score is not None else []))
+    without = ("height", "width", *(["seed"] if settings.min_face_score is not None else []))
     wanted, made = counted(wanted, without), counted(made, without)
-    left_open = [name for name in LEFT_OPEN if wanted.get(name) is None]
-    return all(wanted[name] == made[name] for name in wanted.keys() & made.keys() if name not in left_open)
+    known = wanted.keys() & made.keys() - {name for name in left_open() if wanted.get(name) is None}
+    return all(wanted[name] == made[name] for name in known)
 
 
 def attempts(job: Job, settings: LikenessSettings) -> Iterator[Job]:

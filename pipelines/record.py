@@ -21,23 +21,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import InputError
+from pipelines.flags import FILE, MEDIA, NOTHING, ONE_RUN
 from pipelines.settings import recorded
 from pipelines.weights import WeightsFile
-from preprocess.record import INPUTS, is_place
+from pipelines.whose import settings_that
 
 PROJECT = Path(__file__).parent.parent
 SOURCES = ("models", "pipelines", "preprocess")  # whose code decides what comes out
 
-
-# Not kept in a record, nor taken from one: they say where and how to write, not what.
-OF_ONE_RUN = ("output", "overwrite", "preview")
-# How things are computed and reported: the frames are the same.
-OF_THE_MACHINE = ("device", "memory", "no_drift_report", "teacache_offload")
-# What --memory auto chooses where it is left open (None), by the memory that is free at the moment: `looks_the_same`
-# compares it with what was given.
-LEFT_OPEN = ("fp8", "tiled")
-# What acts only on the finished latents, or chooses among finished files.
-AFTER_DENOISING = ("quality", "color_correction", "no_composite", "min_face_score", "max_retries", "tiled", "vae_dtype")
 # Keys of a config that say how it is called and fetched, or that are among the settings already.
 NOT_THE_MODEL = ("name", "description", "defaults", "repo", "url", "size", "sha256", "dest", "files", "approx_gib")
 NOT_THE_MODEL += ("needs", "base")
@@ -62,17 +53,19 @@ def describe_run(
     """
     prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
     values = recorded(dataclasses.replace(settings, prompt=prompts, seed=(seed,)))
-    values = {name: value for name, value in values.items() if name not in OF_ONE_RUN}
+    of_one_run, places = settings_that(lambda said: said.decides == ONE_RUN), settings_that(lambda said: said.path)
+    values = {name: value for name, value in values.items() if name not in of_one_run}
     record = {
         "made_by": "Selfsame",
         "settings": values,
+        "places": [name for name, value in values.items() if name in places and value],  # those that are paths
         "versions": {"selfsame": source_version(), "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         "inputs": inputs_of(values),
         "model": digest_of([model_of(config), getattr(settings, "clip_rules", None)]),
         "weights": {str(part.path): hash_of_weights(part.path) for part in weights},
     }
-    made_from = counted(values, (*OF_THE_MACHINE, *LEFT_OPEN)), record["inputs"], record["model"], hashes_of(weights)
+    made_from = counted(values, left_open()), record["inputs"], record["model"], hashes_of(weights)
     return record | {"content": digest_of(made_from)}
 
 
@@ -82,13 +75,13 @@ def progress_of(record: dict, weights: Sequence[WeightsFile], encodes_pictures: 
     encodes_pictures: the VAE is among it, with its dtype and tiles: under "encoding", so that latents which are
         finished may still be decoded in another way, when memory did not suffice for the first.
     """
-    kept = {name: value for name, value in record.items() if name not in ("made_by", "content", "vae_dtype")}
+    kept = {name: value for name, value in record.items() if name not in ("made_by", "places", "content", "vae_dtype")}
     values = record["settings"]
     if isinstance(faces := record.get("faces"), dict):
         kept["faces"] = list(faces.values())
     vae_options = {name: record.get(name, values.get(name)) for name in ("vae_dtype", "tiled")}
     return kept | {
-        "settings": counted(values, (*OF_THE_MACHINE, *AFTER_DENOISING)),
+        "settings": counted(values, after_denoising()),
         "weights": hashes_of(part for part in weights if part.until_denoised and part.name != "VAE"),
         "encoding": [vae_options, hashes_of(p for p in weights if p.name == "VAE")] if encodes_pictures else None,
     }
@@ -100,7 +93,7 @@ def begun_as(record: dict, weights: Sequence[WeightsFile], of_later_clips: Itera
 
     of_later_clips: settings that may change while finished clips still count.
     """
-    without = (*OF_THE_MACHINE, *AFTER_DENOISING, *LEFT_OPEN, *of_later_clips)
+    without = {*after_denoising(), *left_open(), *of_later_clips}
     parts = hashes_of(part for part in weights if part.until_denoised and part.name != "VAE")
     names = ("versions", "inputs", "model", "device", "dtype", "attention_backend")
     return digest_of([counted(record["settings"], without), parts, *(record.get(name) for name in names)])
@@ -114,15 +107,25 @@ def digest_of(content: object) -> str:
 # ------------------------------------------------------------------------------------------------- what counts of what
 
 
+def left_open() -> frozenset[str]:
+    """The settings that --memory auto chooses where they are None, by the memory that is free at the moment."""
+    return settings_that(lambda said: said.left_open)
+
+
+def after_denoising() -> frozenset[str]:
+    """The settings that act on finished latents only, or choose among finished files."""
+    return settings_that(lambda said: said.decides == FILE)
+
+
 def counted(values: dict, without: Iterable[str]) -> dict:
-    """The settings that decide content by their value, as JSON gives them back."""
-    kept = {name: value for name, value in values.items() if not is_place(name) and name not in without}
-    return json.loads(json.dumps(kept, default=str))
+    """The settings that decide content by their value, as JSON gives them back: no paths, nor how it is computed."""
+    uncounted = {*without, *settings_that(lambda said: said.path or said.decides == NOTHING)}
+    return json.loads(json.dumps({name: v for name, v in values.items() if name not in uncounted}, default=str))
 
 
 def inputs_of(values: dict) -> dict[str, list[str]]:
     """Setting -> SHA-256 of each media file it names. An address stands for itself: its pixels are in the record."""
-    paths = {name: values.get(name) for name in INPUTS}
+    paths = {name: values.get(name) for name in settings_that(lambda said: said.path == MEDIA)}
     paths = {name: [path] if isinstance(path, str) else path for name, path in paths.items() if path}
     return {name: [path if "://" in path else hash_of_file(path) for path in ps] for name, ps in paths.items()}
 

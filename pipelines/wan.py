@@ -40,7 +40,7 @@ from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
 from pipelines.networks import family_of
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.placement import Placement, choose_mode
-from pipelines.record import LEFT_OPEN, begun_as, describe_run
+from pipelines.record import begun_as, describe_run, left_open
 from pipelines.settings import Settings, is_tiny
 from pipelines.weights import WeightsFile, check_weights, face_files
 from preprocess.progress_bars import ProgressBars
@@ -197,7 +197,7 @@ class Wan:
             for seed in range(job.seed, job.seed + retries + 1):
                 name = self.chosen(self.describe(job.prompt, seed))["begun_as"]
                 if (found := chosen_before(job.output, name)) is not None:
-                    return found[0], {name: value for name, value in found[1].items() if name in LEFT_OPEN}
+                    return found[0], {name: value for name, value in found[1].items() if name in left_open()}
         return None
 
     def chosen(self, record: dict) -> dict:

@@ -1,13 +1,14 @@
-"""Which script has a flag, or writes a setting: told by the settings classes, each of which names its script. They are
-looked at only where a command, or a record, has what its own script does not know.
+"""What the settings of all scripts say: which script has a flag, or writes a setting; and what a setting in a record,
+of whichever script, means. A setting's name means the same in every script.
 """
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from pipelines.flags import described, flags_of
+from pipelines.flags import Setting, described, flags_of
 
 FOLDER = Path(__file__).parent
 
@@ -40,3 +41,14 @@ def plainest(kinds: Iterable[type]) -> str | None:
     """The script of the class with the fewest fields, not counting those that its records leave out by default."""
     found = min(kinds, key=lambda kind: len(dataclasses.fields(getattr(kind, "plain", kind))), default=None)
     return found and found.script
+
+
+def settings_that(says: Callable[[Setting], object]) -> frozenset[str]:
+    """The settings, of all scripts, whose fields say it of themselves."""
+    return frozenset(name for name, what in said_of_all().items() if says(what))
+
+
+@functools.cache
+def said_of_all() -> dict[str, Setting]:
+    """Setting -> what its field says, of all scripts."""
+    return {name: what for kind in settings_classes() for name, (_, what) in described(kind).items()}

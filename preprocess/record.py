@@ -15,13 +15,6 @@ PROJECT = Path(__file__).parent.parent
 TEXT_CHUNK = "Comment"  # one of PNG's registered keywords
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_RECORD = 2**26  # bytes; a film's has some thousands
-# Settings that name media. Their content counts, by hash, and not where it lies.
-INPUTS = (
-    *("ip_image", "image", "last_image", "input_video", "reference_video", "reference_mask", "reference_image"),
-    *("ref_image_path", "end_image", "extend", "audio", "audio_path", "pose_path", "pose_image", "control_image"),
-)
-# Settings that name configs or folders of weights; what is in them counts.
-PLACES = ("config", "variant", "lora_config", "controlnet")
 
 
 def to_json(metadata: dict, indent: int | None = None) -> bytes:
@@ -132,20 +125,15 @@ def whole_record(inside: dict, beside: dict | None) -> dict:
 
 def without_folders(record: dict) -> dict:
     """The record as it goes into the file itself, which may be handed on: of each path what lies below the project (or
-    the present folder), of others the name alone.
+    the present folder), of others the name alone. Which of its settings are paths the record says under "places".
     """
-    record = dict(record)
+    record, places = dict(record), record.get("places", ())
     if isinstance(values := record.get("settings"), dict):
-        record["settings"] = {name: _shorten(value) if is_place(name) else value for name, value in values.items()}
+        record["settings"] = {name: _shorten(value) if name in places else value for name, value in values.items()}
     for name in ("weights", "faces"):
         if isinstance(record.get(name), dict):
             record[name] = {_shorten(path): value for path, value in record[name].items()}
     return record
-
-
-def is_place(name: str) -> bool:
-    """Whether a setting says where a file lies."""
-    return name.endswith("_path") or name.startswith("lora_path") or name in INPUTS or name in PLACES
 
 
 def _shorten(path: object) -> object:

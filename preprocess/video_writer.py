@@ -28,7 +28,7 @@ import numpy
 from errors import InputError, ResourceError, UsageError
 from preprocess.ffmpeg import ffmpeg_exe, ffmpeg_url, media_input, probe_streams, reasons, run_ffmpeg
 from preprocess.output import cannot_write, create_empty, part_of, put_in_place, readable_bytes, write_new
-from preprocess.record import read_metadata, sidecar_path, to_json, without_folders
+from preprocess.record import read_comment, read_metadata, sidecar_path, to_json, without_folders
 from preprocess.video import probe
 
 if TYPE_CHECKING:
@@ -374,9 +374,10 @@ def add_metadata(path: Path, further: dict) -> None:
         ResourceError: the disk is full.
     """
     metadata = read_metadata(path) | further
+    inside = (read_comment(path) or metadata) | further  # whichever code wrote it: folders are out of it already
     part, sidecar_part, comment = (part_of(path, kind) for kind in ("mp4", "json", "ffmetadata"))
     try:
-        write_new(comment, ffmetadata({"comment": to_json(without_folders(metadata))}))
+        write_new(comment, ffmetadata({"comment": to_json(without_folders(inside))}))
         create_empty(part)
         result = run_ffmpeg(
             *("-y", "-i", ffmpeg_url(path), "-f", "ffmetadata", "-i", ffmpeg_url(comment), "-map", "0", "-c", "copy"),

@@ -26,7 +26,6 @@ from pipelines.face_swap.settings import resolve_face_swap
 from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.long_video.settings import resolve_long_video
 from pipelines.lora_settings import resolve_lora_settings
-from pipelines.record import OF_ONE_RUN
 from pipelines.settings import recorded
 from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.vace.settings import resolve_vace_settings
@@ -87,7 +86,8 @@ def run_checks(script: str, *flags: str) -> UserError | None:
 def record_of(script: str, path: Path) -> dict:
     module, resolve, flags = SCRIPTS[script]
     settings = resolve(module.parse_args(flags))[0]
-    record = {"settings": {key: value for key, value in recorded(settings).items() if key not in OF_ONE_RUN}}
+    of_one_run = ("output", "overwrite", "preview")
+    record = {"settings": {key: value for key, value in recorded(settings).items() if key not in of_one_run}}
     path.write_text(json.dumps(record))
     return record
 

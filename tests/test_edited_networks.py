@@ -22,7 +22,6 @@ from errors import UserError
 from pipelines.audio_avatar.pipeline import AvatarMaker
 from pipelines.face_swap.settings import make_demo_clip
 from pipelines.long_video.pipeline import LongVideoMaker
-from pipelines.record import OF_ONE_RUN
 from pipelines.settings import recorded
 from pipelines.text_to_video.pipeline import VideoMaker
 from tests.test_edited_files import FACE, SCRIPTS, nodes
@@ -117,7 +116,7 @@ def record_of(name: str, config: Path) -> Path:
     base, script, _ = RUNS[name]
     module, resolve, flags = SCRIPTS[f"{script.__name__}.py"]
     settings = resolve(module.parse_args([*flags, "--config", base]))[0]
-    values = {key: value for key, value in recorded(settings).items() if key not in OF_ONE_RUN}
+    values = {key: value for key, value in recorded(settings).items() if key not in ("output", "overwrite", "preview")}
     record = config.with_name("run.json")
     record.write_text(json.dumps({"settings": values | {"config": str(config)}}))
     return record

@@ -16,12 +16,14 @@ import infer_with_vace
 from pipelines.audio_avatar.settings import resolve_avatar
 from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.face_swap.settings import resolve_face_swap
+from pipelines.flags import FILE, MEDIA, NOTHING, ONE_RUN, described
 from pipelines.instant_id.settings import resolve_instant_id
 from pipelines.long_video.settings import resolve_long_video
 from pipelines.lora_settings import resolve_lora_settings
 from pipelines.settings import recorded
 from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.vace.settings import resolve_vace_settings
+from pipelines.whose import settings_classes, settings_that
 from tests.frame_hash_cases import CASES, RECORDED, write_inputs
 
 PROJECT = Path(__file__).parent.parent
@@ -63,3 +65,32 @@ def test_old_record_is_accepted(folder, monkeypatch, name):
     earlier = json.loads(file.read_text(encoding="utf-8"))["settings"]
     resolved = json.loads(json.dumps(recorded(settings)))
     assert {key: resolved.get(key) for key in earlier} == earlier
+
+
+MEDIA_BEFORE = {
+    *("ip_image", "image", "last_image", "input_video", "reference_video", "reference_mask", "reference_image"),
+    *("ref_image_path", "end_image", "extend", "audio", "audio_path", "pose_path", "pose_image", "control_image"),
+}
+
+
+def test_fields_say_what_the_lists_of_names_said_before():
+    """What counts of a record, and how, has not changed: finished files and saved progress are found again."""
+    assert settings_that(lambda said: said.decides == ONE_RUN) == {"output", "overwrite", "preview"}
+    of_the_machine = {"device", "memory", "no_drift_report", "teacache_offload"}
+    assert settings_that(lambda said: said.decides == NOTHING) == of_the_machine
+    after = {"quality", "color_correction", "no_composite", "min_face_score", "max_retries", "tiled", "vae_dtype"}
+    assert settings_that(lambda said: said.decides == FILE) == after
+    assert settings_that(lambda said: said.left_open) == {"fp8", "tiled"}
+    assert settings_that(lambda said: said.path == MEDIA) == MEDIA_BEFORE
+    names = settings_that(lambda said: True)
+    places = {name for name in names if name.endswith("_path") or name.startswith("lora_path")}
+    places |= MEDIA_BEFORE | {"config", "variant", "lora_config", "controlnet"}
+    assert settings_that(lambda said: said.path) == places - {"prompt_path"}  # which is no setting
+
+
+def test_a_name_means_the_same_in_every_script():
+    meaning = {}
+    for kind in settings_classes():
+        for name, (_, said) in described(kind).items():
+            says = (said.path, said.decides, said.left_open)
+            assert meaning.setdefault(name, says) == says, name

@@ -230,8 +230,10 @@ def test_the_video_itself_names_no_folders(tmp_path):
 def test_folders_below_the_project_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [f"{PROJECT}/assets/face.png", "photos/me.jpg", f"{tmp_path}/b.jpg", "../x/c.jpg", "https://h.org/p?q=1"]
-    record = {"settings": {"ip_image": paths, "prompt": ["/home/x"], "base_path": None}, "weights": {"/a/w.pth": "1"}}
+    settings = {"ip_image": paths, "prompt": ["/home/x"], "base_path": None}
+    record = {"settings": settings, "places": ["ip_image", "base_path"], "weights": {"/a/w.pth": "1"}}
     assert without_folders(record) == {
+        "places": ["ip_image", "base_path"],
         "settings": {
             "ip_image": ["assets/face.png", "photos/me.jpg", "b.jpg", "c.jpg", "https://h.org/p?q=1"],
             "prompt": ["/home/x"],
