@@ -77,6 +77,18 @@ def test_whole_clip_is_that_of_diffusers(reference, vae):
     torch.testing.assert_close(vae.decode(latents), decoded, **SAME)
 
 
+def test_the_posterior_is_that_of_diffusers(reference, vae):
+    """Mean and deviation of the whole clip's, normalised like latents; the mean is what inference encodes to."""
+    video = random_video(vae)
+    mean, std = vae.posterior(video, chunk=2)
+    assert torch.equal(mean, vae.encode(video, chunk=2))
+    with torch.no_grad():
+        expected = reference.encode(video).latent_dist.std
+    scale = torch.tensor(reference.config.latents_std).view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(std, expected / scale, rtol=1e-4, atol=1e-5)
+    assert std.std() > 0
+
+
 @pytest.mark.parametrize("chunk", [2, 3, 100])
 def test_chunk_length_does_not_matter(vae, chunk):
     video, latents = random_video(vae), random_latents(vae)

@@ -7,8 +7,9 @@
 
 A bucket's samples are one endless row: all of them in a random order, then all again in another one. Batches cut the
 row into equal pieces, so nothing is dropped: the batch that takes the last of an epoch is completed from the same
-bucket's next epoch. Step by step the buckets take turns at random, each as often as it has batches; all processes have
-the same one. Neither the number of processes, nor of workers, nor where a run was resumed changes any of it.
+bucket's next epoch, and a bucket of fewer samples than a batch meets some of them twice in it. Step by step the buckets
+take turns at random, each as often as it has batches; all processes have the same one. Neither the number of processes,
+nor of workers, nor where a run was resumed changes any of it.
 """
 
 import bisect

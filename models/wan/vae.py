@@ -198,6 +198,11 @@ class WanVAE(nn.Module):
         Returns:
             (B, z, 1, H/s, W/s), then (B, z, n/4, H/s, W/s): normalised latents, float32.
         """
+        return self._posterior_chunk(frames, state).chunk(2, dim=1)[0]
+
+    @torch.no_grad()
+    def _posterior_chunk(self, frames: torch.Tensor, state: StreamState) -> torch.Tensor:
+        """As `encode_chunk`: mean and standard deviation of the posterior, both normalised, (B, 2·z, …) float32."""
         count = frames.shape[2]
         if (count % self.temporal_factor != 0) if state.started else (count != 1):
             raise ValueError(f"a chunk of {count} frames: the first must have 1, the others a multiple of 4")
@@ -206,8 +211,10 @@ class WanVAE(nn.Module):
             x = patchify(x, self.config.patch_size)  # (B, 12, n, H/2, W/2)
         posterior = self.quant_conv(run_encoder(self.encoder, x, state))  # (B, 2·z, n/4, H/s, W/s)
         state.started = True
-        mean = posterior.chunk(2, dim=1)[0].float()  # the other half, the log-variance, is never used
-        return (mean - self._mean.to(mean.device)) / self._std.to(mean.device)
+        mean, log_variance = posterior.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # diffusers' bounds
+        scale = self._std.to(mean.device)
+        return torch.cat(((mean - self._mean.to(mean.device)) / scale, std / scale), dim=1)
 
     @torch.no_grad()
     def decode_chunk(self, latents: torch.Tensor, state: StreamState) -> torch.Tensor:
@@ -285,6 +292,22 @@ class WanVAE(nn.Module):
     def encode(self, video: torch.Tensor, **options) -> torch.Tensor:
         """A whole clip at once: (B, 3, T, H, W) in [-1, 1] -> (B, z, 1 + (T-1)//4, H/s, W/s). As `encode_stream`."""
         return torch.cat(list(self.encode_stream(video, **options)), dim=2)
+
+    def posterior(
+        self,
+        video: torch.Tensor,
+        chunk: int = 1,
+        *,
+        tiling: Tiling | None = None,
+        cache_device: torch.device | str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean, as `encode` gives it, and standard deviation of the latents, (B, z, 1 + (T-1)//4, H/s, W/s) each.
+        Training may draw from them; inference takes the mean.
+        """
+        pieces = self._whole_groups(checked(video, 3, "frames", self.spatial_factor), chunk)
+        scales = {"scale_in": self.spatial_factor, "scale_out": 1}
+        stream = self._stream(self._posterior_chunk, pieces, tiling, cache_device, **scales)
+        return torch.cat(list(stream), dim=2).chunk(2, dim=1)
 
     def decode(self, latents: torch.Tensor, **options) -> torch.Tensor:
         """A whole clip at once: (B, z, F, h, w) -> (B, 3, 1 + 4·(F-1), s·h, s·w) in [-1, 1]. As `decode_stream`."""

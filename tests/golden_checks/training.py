@@ -1,4 +1,4 @@
-"""Golden kinds of training: steps of Stand-In, StableAvatar and SVI with given draws; the error bank; a sample."""
+"""Golden kinds of training: steps of Stand-In, StableAvatar and SVI with given draws; the error bank."""
 
 import random
 import tempfile
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.audio_adapter import adapter_from_tensors, split_adapter
@@ -16,7 +15,6 @@ from pipelines.long_video.clip_conditions import frames_to_condition, picture_to
 from tests.golden_checks.dit import build_transformer
 from tests.golden_checks.long_video import StubVAE
 from tests.golden_checks.stand_in import build_stand_in
-from training.avatar_clip import cut_clip, prompt_of_path
 from training.error_bank import ErrorBank
 from training.error_recycling import error_buckets
 from training.losses import MASKS, masks_on_latents, motion_difference
@@ -330,45 +328,7 @@ class PythonDraws:
         return torch.tensor([random.random()], dtype=torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------------- a data sample
-
-
-def check_dataset_sample(case) -> None:
-    config, inputs = case.config, case.inputs
-    missing = {kind: set(config.get(f"missing_{kind}_masks") or ()) for kind in ("face", "lip")}
-
-    def masks(kind: str) -> list:
-        given = inputs[f"{kind}_masks"].to(torch.uint8).numpy()
-        return [None if i in missing[kind] else mask for i, mask in enumerate(given)]
-
-    clip = cut_clip(
-        list(inputs["images"].to(torch.uint8).numpy()),
-        masks("face"),
-        masks("lip"),
-        inputs["audio"].numpy(),
-        start=config["start_idx"],
-        num_frames=config["n_sample_frames"],
-        fps=config["fps"],
-        width=config["width"],
-        height=config["height"],
-    )
-    assert prompt_of_path(f"talking_face_data/rec/{config['category']}/00001") == config["text_prompt"]
-    case.check("pixel_values", clip.frames)
-    case.check("masked_pixel_values", clip.masked)
-    case.check("pixel_value_masks", clip.unknown)
-    case.check("reference_image", clip.reference)
-    case.check("clip_pixel_values", clip.clip_pixels)
-    case.check("tgt_face_masks", clip.face)
-    case.check("tgt_lip_masks", clip.lip)
-    case.check("vocal_input_values", clip.samples)
-    # A measure of motion that upstream computes and no part of training reads; so nothing of ours computes it.
-    pairs = [(i, i + 8) for i in range(0, len(clip.frames) - 8, 8)] + [(0, -1)]
-    cosines = [F.cosine_similarity(clip.frames[a].flatten(), clip.frames[b].flatten(), dim=0) for a, b in pairs]
-    case.check("motion_id", 100 * (1 - (torch.stack(cosines) + 1).mean() / 2))
-
-
 CHECKS = {
-    "stableavatar_dataset_sample": check_dataset_sample,
     "stableavatar_train_step": check_avatar_step,
     "standin_train_step": check_stand_in_step,
     "svi_erft_training_step": check_erft_step,

@@ -1,0 +1,144 @@
+"""What is kept of the training videos: latents, text, pictures and sound, as a forward pass takes them.
+
+Everything is of one view and without a batch axis. A recipe that needs something else adds an `Encoding` of its own.
+"""
+
+from collections.abc import Mapping
+
+import numpy
+import torch
+from torch import Tensor
+
+from configs import load_config
+from models.audio_encoder import AudioEncoder
+from models.wan.image_encoder import ImageEncoder
+from models.wan.text_encoder import MAX_TOKENS, TextEncoder, clean_prompt
+from models.wan.vae import WanVAE
+from pipelines.conditions import latent_frames
+from pipelines.networks import shape_of
+from training.cache import Encoding
+from training.clips import View, find_faces, read_faces, read_frames, read_sound
+from training.config import Config
+
+FACE = 512  # pixels of a side
+
+
+def pixels(frames: numpy.ndarray) -> Tensor:
+    """(T, H, W, 3) uint8 -> (1, 3, T, H, W) in [-1, 1]."""
+    return torch.from_numpy(numpy.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def of_view(view: View) -> list:
+    """What decides the pixels of a view."""
+    return [view.sample.facts.content, view.start, view.box, view.bucket]
+
+
+def of_sound(view: View) -> list:
+    """What decides the sound of a view."""
+    facts = view.sample.facts
+    return [facts.content, facts.beside, view.start, view.bucket.frames, facts.fps]
+
+
+def latent_numbers(view: View, channels: int, factor: int) -> int:
+    """Numbers in the latents of a view, z · f · h · w."""
+    bucket = view.bucket
+    return channels * latent_frames(bucket.frames) * (bucket.height // factor) * (bucket.width // factor)
+
+
+def encodings_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[Encoding]:
+    """What a run's forward passes take: latents and text, what an image-to-video model sees, the sound where it talks,
+    the person's face where there is one.
+    """
+    base = load_config(config.model.config)
+    shape = shape_of(base)
+    size = {"channels": shape.out_dim, "factor": shape.vae_spatial_factor, "dtype": dtype}
+    found = [latents(**size), text(shape.text_dim, dtype)]
+    if shape.in_dim > shape.out_dim:
+        found.append(first_frame(**size))
+    if shape.image_dim is not None:
+        found.append(image_features(shape.image_dim, dtype))
+    if config.avatar is not None:
+        found.append(sound(dtype))
+    if config.error_recycling is not None and config.error_recycling.variant == "talk":
+        found.append(sound_layers(dtype))
+    if config.stand_in is not None:
+        found.append(faces(**size))
+    return found
+
+
+def latents(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """mean and std (z, f, h, w) of the video's latents: Wan and SVI train on the mean, StableAvatar on draws."""
+
+    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
+        mean, std = vae.posterior(pixels(read_frames(view)))
+        return {"mean": mean[0], "std": std[0]}
+
+    return Encoding("latents", "vae", of_view, lambda view: 2 * latent_numbers(view, channels, factor), encode, dtype)
+
+
+def first_frame(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """latents (z, f, h, w) of the first frame followed by gray: an image-to-video model's condition."""
+
+    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
+        clip = pixels(read_frames(view))
+        clip[:, :, 1:] = 0
+        return {"latents": vae.encode(clip)[0]}
+
+    return Encoding("first_frame", "vae", of_view, lambda view: latent_numbers(view, channels, factor), encode, dtype)
+
+
+def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """latents (K, z, 1, h, w) of the pictures of the person's face, in the order of `find_faces`."""
+
+    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
+        return {"latents": torch.cat([vae.encode(pixels(face[None])) for face in read_faces(view.sample)])}
+
+    def numbers(view: View) -> int:
+        return len(find_faces(view.sample.listed.faces)) * channels * (FACE // factor) ** 2
+
+    def of_faces(view: View) -> list:
+        return [view.sample.facts.content, view.sample.facts.beside]
+
+    return Encoding("faces", "vae", of_faces, numbers, encode, dtype)
+
+
+def image_features(width: int = 1280, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """features (257, D) of CLIP of the first frame."""
+
+    def encode(encoder: ImageEncoder, view: View) -> Mapping[str, Tensor]:
+        return {"features": encoder(pixels(read_frames(view)[:1])[:, :, 0])[0]}
+
+    return Encoding("image_features", "image", of_view, lambda view: 257 * width, encode, dtype)
+
+
+def text(width: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """states (n, D) of the caption: the real rows alone, the transformer pads them itself."""
+
+    def encode(encoder: TextEncoder, view: View) -> Mapping[str, Tensor]:
+        return {"states": encoder.encode_prompts([view.sample.listed.caption])[0]}
+
+    def numbers(view: View) -> int:
+        return width * min(len(view.sample.listed.caption) // 3 + 2, MAX_TOKENS)  # a token has four letters or so
+
+    return Encoding("text", "text", lambda view: clean_prompt(view.sample.listed.caption), numbers, encode, dtype)
+
+
+def sound(dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """features (L, D), 50 a second, of the window's sound, each window normalised by itself as in StableAvatar."""
+
+    def encode(encoder: AudioEncoder, view: View) -> Mapping[str, Tensor]:
+        return {"features": encoder.last_hidden_state(read_sound(view))[0]}
+
+    def numbers(view: View) -> int:
+        return 768 * int(51 * view.bucket.frames / view.sample.facts.fps)
+
+    return Encoding("sound", "audio", of_sound, numbers, encode, dtype)
+
+
+def sound_layers(dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """features (F, layers, D): every layer's output for each frame of the window, as MultiTalk's layers take them."""
+
+    def encode(encoder: AudioEncoder, view: View) -> Mapping[str, Tensor]:
+        return {"features": encoder.hidden_states(read_sound(view), view.bucket.frames)}
+
+    return Encoding("sound_layers", "audio", of_sound, lambda view: 12 * 768 * view.bucket.frames, encode, dtype)
