@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from errors import UsageError
 from models.identity.stand_in import Identity, StandIn
+from models.lora import Lora
 from models.wan.transformer import WanTransformer
 from training.draws import generator
 from training.recipes.base import Conditions
@@ -173,3 +174,24 @@ def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
     """N(0, 1) float32 for the start of a parameter: of the seed and its name alone."""
     drawn = generator(seed, 0, None, f"init.{name}").standard_normal(tuple(shape), dtype="float32")
     return torch.from_numpy(drawn)
+
+
+@torch.no_grad()
+def copy_lora(lora: Lora, transformer: WanTransformer) -> None:
+    """Begin from another LoRA, read for the transformer as it was before `add_lora`.
+
+    Raises:
+        UsageError: its layers or its rank are others, or it changes weights in full.
+    """
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(transformer).items()}
+    if lora.full or lora.pairs.keys() != layers.keys():
+        raise UsageError(
+            f"{lora.source} changes {len(lora.targets)} weights, the LoRA to be trained {len(layers)}; "
+            "give train.lora.targets as it was trained with"
+        )
+    for name, layer in layers.items():
+        pair, down, up = lora.pairs[name], layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if pair.down.shape != down.shape:
+            raise UsageError(f"{lora.source} is of rank {pair.down.shape[0]}; give train.lora.rank as it has")
+        down.copy_(pair.down)
+        up.copy_(pair.up.float() * (pair.scale / layer.scaling["default"]))
