@@ -51,7 +51,9 @@ def test_a_folder_of_videos_and_texts(tmp_path):
     for folder in ("a.faces", "a.face_masks"):
         (tmp_path / folder).mkdir()
     write_sound(tmp_path / "a.wav")
-    (tmp_path / "identity.json").write_text(json.dumps({"pairs": [["a.mp4", "deep/b.mp4", 0.7]]}))
+    (tmp_path / "identity.json").write_text(
+        json.dumps({"pairs": [["a.mp4", "deep/b.mp4", 0.7]], "within": {"a.mp4": [[0, 8, 0.9]]}})
+    )
     a, b, gone = list_videos(tmp_path, "folder")
     assert (a.name, a.caption, a.audio, a.faces) == (
         "a.mp4",
@@ -60,6 +62,7 @@ def test_a_folder_of_videos_and_texts(tmp_path):
         tmp_path / "a.faces",
     )
     assert a.masks == (("face", tmp_path / "a.face_masks"),) and a.alike == (("deep/b.mp4", 0.7),)
+    assert a.within == ((0, 8, 0.9),)
     assert (b.name, b.caption, b.audio, b.alike) == ("deep/b.mp4", "A man runs", None, (("a.mp4", 0.7),))
     assert gone.trouble == "missing: metadata.jsonl names it"
 

@@ -45,6 +45,7 @@ class Listed:
     faces: Path | None = None  # folder of the person's face, 512x512 on white
     pose: Path | None = None  # a video of poses
     alike: tuple[tuple[str, float], ...] = ()  # other videos of the source by their faces' similarity
+    within: tuple[tuple[int, int, float], ...] = ()  # two frames, and the similarity of the faces in them
     trouble: str = ""  # why it cannot be used, as far as a list tells, "kind: details"
 
     def places(self) -> Iterator[Path]:
@@ -90,7 +91,7 @@ def list_folder(root: Path) -> Iterator[Listed]:
     if not root.is_dir():
         raise InputError(f"{root}: is no folder; give the folder of the videos")
     captions = read_captions(root / "metadata.jsonl")
-    alike = read_alike(root / IDENTITY)
+    alike, within = read_identity(root / IDENTITY)
     seen = set()
     for video in files_below(root, VIDEOS):
         name = video.relative_to(root).as_posix()
@@ -101,7 +102,7 @@ def list_folder(root: Path) -> Iterator[Listed]:
         }
         masks = tuple((kind, beside[f".{kind}_masks"]) for kind in ("face", "lip") if beside[f".{kind}_masks"].is_dir())
         yield Listed(
-            name, video, caption, trouble=trouble, masks=masks, alike=alike.get(name, ()),
+            name, video, caption, trouble=trouble, masks=masks, alike=alike.get(name, ()), within=within.get(name, ()),
             audio=beside[".wav"] if beside[".wav"].is_file() else None,
             faces=beside[".faces"] if beside[".faces"].is_dir() else None,
         )  # fmt: skip
@@ -159,25 +160,29 @@ def read_captions(table: Path) -> dict[str, str]:
     return captions
 
 
-def read_alike(file: Path) -> dict[str, tuple[tuple[str, float], ...]]:
-    """Video -> (other video, similarity of their faces), best first.
+def read_identity(file: Path) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """Video -> (other video, similarity of their faces), best first; and -> (frame, later frame, similarity).
 
     Raises:
         InputError: the file is not of `training.prepare`.
     """
     if not file.is_file():
-        return {}
+        return {}, {}
+    alike: dict[str, list[tuple[str, float]]] = {}
     try:
-        pairs = json.loads(read_text(file, LONGEST_TABLE))["pairs"]
-        alike: dict[str, list[tuple[str, float]]] = {}
-        for one, other, similarity in pairs:
+        entry = json.loads(read_text(file, LONGEST_TABLE))
+        for one, other, similarity in entry["pairs"]:
             alike.setdefault(one, []).append((other, float(similarity)))
             alike.setdefault(other, []).append((one, float(similarity)))
+        within = {
+            name: tuple((int(i), int(j), float(value)) for i, j, value in rows)
+            for name, rows in entry["within"].items()
+        }
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{file}: is not the list of `python -m training.prepare`; remove it or prepare anew"
         ) from None
-    return {name: tuple(sorted(others, key=lambda pair: (-pair[1], pair[0]))) for name, others in alike.items()}
+    return {name: tuple(sorted(others, key=lambda pair: (-pair[1], pair[0]))) for name, others in alike.items()}, within
 
 
 def read_text(file: Path, longest: int) -> str:
@@ -222,7 +227,10 @@ def list_stableavatar(root: Path) -> Iterator[Listed]:
 
 def avatar_clip(clip: Path, name: str) -> Listed:
     """What one clip folder of StableAvatar holds."""
-    prompt = next((text for kind, text in PROMPTS.items() if kind in clip.resolve().as_posix()), "")
+    path = clip.resolve()
+    # A folder of that very name counts before one whose name merely holds the word, as upstream looks for it.
+    kind = next((part for part in reversed(path.parts) if part in PROMPTS), None)
+    prompt = PROMPTS.get(kind) or next((text for word, text in PROMPTS.items() if word in path.as_posix()), "")
     images, video, audio = clip / "images", clip / "sub_clip.mp4", clip / "audio.wav"
     listed = Listed(
         name,
