@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> list[Path]:
 def stand_in(args: argparse.Namespace) -> list[Path]:
     """Videos by Wan: from a prompt with Stand-In, or from a picture."""
     from pipelines.jobs import all_done, list_jobs, make_all, settle
-    from pipelines.text_to_video.settings import resolve_image_to_video
+    from pipelines.text_to_video.command import resolve_image_to_video
 
     settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
@@ -87,7 +87,7 @@ def stand_in(args: argparse.Namespace) -> list[Path]:
 
 def instant_id(args: argparse.Namespace) -> list[Path]:
     """Pictures by InstantID on SDXL."""
-    from pipelines.instant_id.settings import resolve_instant_id
+    from pipelines.instant_id.command import resolve_instant_id
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_instant_id(args)
@@ -114,7 +114,7 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
 
 def consis_id(args: argparse.Namespace) -> list[Path]:
     """Videos by ConsisID on CogVideoX."""
-    from pipelines.consis_id.settings import resolve_consis_id
+    from pipelines.consis_id.command import resolve_consis_id
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     settings, config = resolve_consis_id(args)

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.audio_avatar.settings import resolve_avatar
+    from pipelines.audio_avatar.command import resolve_avatar
     from pipelines.jobs import all_done, list_jobs, make_all, settle
     from preprocess.audio import AudioTimeline
 

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.face_swap.settings import resolve_face_swap
+    from pipelines.face_swap.command import resolve_face_swap
     from pipelines.jobs import all_done, list_jobs, make_all, settle
 
     # Everything that can be refused without torch is refused before it is imported.

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of samples and seeds."""
     from pipelines.jobs import list_jobs
-    from pipelines.long_video.settings import resolve_long_video
+    from pipelines.long_video.command import resolve_long_video
 
     # Everything that can be refused without torch is refused before it is imported.
     videos = []

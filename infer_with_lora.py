@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from pipelines.jobs import all_done, list_jobs, make_all, settle
-    from pipelines.lora_settings import resolve_lora_settings
+    from pipelines.lora_command import resolve_lora_settings
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_lora_settings(args)

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     from dataclasses import replace
 
     from pipelines.jobs import all_done, list_jobs, make_all, settle
-    from pipelines.vace.settings import resolve_vace_settings
+    from pipelines.vace.command import resolve_vace_settings
 
     # Everything that can be refused without torch is refused before it is imported.
     settings, config = resolve_vace_settings(args)

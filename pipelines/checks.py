@@ -15,6 +15,7 @@ from pipelines.flags import BASE, BESIDE_BASE, WEIGHTS, described, names_of
 from pipelines.networks import family_of, has_identity, shape_of
 from pipelines.settings import LikenessSettings, Settings, WanSettings, is_tiny
 from pipelines.weights import find_gguf
+from preprocess.video import VideoInfo, probe
 
 logger = logging.getLogger("selfsame")
 
@@ -167,3 +168,11 @@ def check_split(settings: WanSettings, shape: WanConfig) -> None:
         raise UsageError(
             f"--ulysses_degree {settings.ulysses_degree}: the model's {shape.num_heads} heads do not divide by it"
         )
+
+
+def probe_argument(flag: str, path: str) -> VideoInfo:
+    """`probe`, its errors naming the flag."""
+    try:
+        return probe(path)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None

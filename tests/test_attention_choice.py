@@ -10,8 +10,8 @@ import infer_long_video
 from models.wan import attention
 from models.wan.attention import choose_flash
 from pipelines.distributed import Processes
-from pipelines.long_video.settings import resolve_long_video
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.long_video.command import resolve_long_video
+from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.wan import Wan
 from preprocess.record import read_metadata
 

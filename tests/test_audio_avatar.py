@@ -613,7 +613,7 @@ def test_settings_are_refused_before_torch_is_imported():
     code = """
 import sys
 import infer_audio_avatar
-from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.audio_avatar.command import resolve_avatar
 resolve_avatar(infer_audio_avatar.parse_args([]))
 assert "torch" not in sys.modules
 """

@@ -21,6 +21,7 @@ from pipelines.clip_store import ClipStore
 from pipelines.command import resolve_settings
 from pipelines.denoise import Step
 from pipelines.distributed import Processes, start_processes
+from pipelines.flags import names_of
 from pipelines.job_state import JobState, chosen_before
 from pipelines.jobs import list_jobs
 from pipelines.long_video.settings import LongVideoSettings
@@ -309,7 +310,7 @@ def test_tiles_are_kept_where_the_vae_made_part_of_the_latents(gpu, monkeypatch)
 def test_later_clips_may_change_what_is_said_of_them():
     record = {"settings": {"prompt": ["a"], "num_clips": 2, "fp8": True, "tiled": None, "seed": [0]}}
     other = {"settings": record["settings"] | {"prompt": ["a", "b"], "num_clips": 3, "fp8": False}}
-    later = LongVideoSettings.of_later_clips
+    later = names_of(LongVideoSettings, later_clips=True)
     assert begun_as(record, [], later) == begun_as(other, [], later) != begun_as(record, [])
     assert begun_as(other, []) != begun_as(record, [])
     assert begun_as(record, [], later) != begun_as({"settings": record["settings"] | {"seed": [1]}}, [], later)

@@ -24,9 +24,9 @@ import infer_long_video
 import infer_with_lora
 import infer_with_vace
 from errors import EXIT_INTERRUPTED, UsageError, UserError
-from pipelines.audio_avatar.settings import resolve_avatar
-from pipelines.long_video.settings import resolve_long_video
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.audio_avatar.command import resolve_avatar
+from pipelines.long_video.command import resolve_long_video
+from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.weights import find_gguf
 from preprocess.video_writer import VideoWriter
 

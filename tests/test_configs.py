@@ -17,7 +17,7 @@ from models.wan.tea_cache import coefficients_of
 from pipelines.command import resolve_settings
 from pipelines.distributed import Processes
 from pipelines.settings import Settings
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.tiny import tiny_multitalk, tiny_vace, tiny_vae
 from pipelines.wan import Wan
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import infer
 from errors import InputError, ResourceError, UsageError, UserError, WeightsError
+from pipelines.consis_id.command import resolve_consis_id
 from pipelines.consis_id.face import EVA_FILE, RETINAFACE_FILE, FaceCondition
 from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker, decode_stream, load_vae, make_scheduler
-from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.needs import size_of

@@ -19,16 +19,16 @@ import infer_with_lora
 import infer_with_vace
 from configs import LONGEST, load_config
 from errors import InputError, UsageError, UserError, WeightsError
-from pipelines.audio_avatar.settings import resolve_avatar
+from pipelines.audio_avatar.command import resolve_avatar
 from pipelines.command import method_of
-from pipelines.consis_id.settings import resolve_consis_id
-from pipelines.face_swap.settings import resolve_face_swap
-from pipelines.instant_id.settings import resolve_instant_id
-from pipelines.long_video.settings import resolve_long_video
-from pipelines.lora_settings import resolve_lora_settings
+from pipelines.consis_id.command import resolve_consis_id
+from pipelines.face_swap.command import resolve_face_swap
+from pipelines.instant_id.command import resolve_instant_id
+from pipelines.long_video.command import resolve_long_video
+from pipelines.lora_command import resolve_lora_settings
 from pipelines.settings import recorded
-from pipelines.text_to_video.settings import resolve_image_to_video
-from pipelines.vace.settings import resolve_vace_settings
+from pipelines.text_to_video.command import resolve_image_to_video
+from pipelines.vace.command import resolve_vace_settings
 from preprocess.picture_writer import write_picture
 from preprocess.video_writer import write_video
 

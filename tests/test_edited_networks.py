@@ -20,7 +20,7 @@ import infer_long_video
 from configs import load_config
 from errors import UserError
 from pipelines.audio_avatar.pipeline import AvatarMaker
-from pipelines.face_swap.settings import make_demo_clip
+from pipelines.face_swap.command import make_demo_clip
 from pipelines.long_video.pipeline import LongVideoMaker
 from pipelines.settings import recorded
 from pipelines.text_to_video.pipeline import VideoMaker

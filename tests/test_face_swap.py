@@ -18,6 +18,7 @@ from PIL import Image
 import infer_face_swap
 from errors import UsageError, UserError
 from pipelines.face_swap import pipeline as face_swap
+from pipelines.face_swap.command import make_demo_clip, resolve_face_swap
 from pipelines.face_swap.pipeline import (
     Segment,
     WindowedExpert,
@@ -25,7 +26,6 @@ from pipelines.face_swap.pipeline import (
     plan_segments,
     swap_schedule,
 )
-from pipelines.face_swap.settings import make_demo_clip, resolve_face_swap
 from pipelines.job_state import JobState
 from pipelines.windows import plan_windows
 from preprocess.face_detection import Face

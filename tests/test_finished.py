@@ -10,7 +10,7 @@ import infer
 import infer_face_swap
 import infer_with_lora
 from errors import UsageError
-from pipelines.face_swap.settings import make_demo_clip
+from pipelines.face_swap.command import make_demo_clip
 from tests.test_batches import TINY, names, run
 from tests.test_distributed import SMALL, torchrun
 from tests.test_lora import DIALECTS, factors

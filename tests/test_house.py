@@ -104,14 +104,24 @@ def test_what_rooms_share_knows_no_room():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_refusal_loads_no_torch(script):
-    """What a script needs for its flags, and every settings module, is imported in a process of its own."""
-    rooms = [path.parent.name for path in PROJECT.glob("pipelines/*/settings.py")]
-    names = [script, "pipelines.settings", *(f"pipelines.{room}.settings" for room in rooms)]
-    heavy = ("torch", "diffusers", "transformers", "onnxruntime", "insightface")
+    """What a script needs for its flags, and all that makes settings of a command."""
+    names = [script, "pipelines.lora_command", *(f"pipelines.{room}.command" for room in ROOMS)]
+    assert loaded_by(names, ("torch", "diffusers", "transformers", "onnxruntime", "insightface")) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick(script):
+    """Flags are told by settings classes, which need nothing that takes long to import."""
+    names = [script, "pipelines.lora_settings", *(f"pipelines.{room}.settings" for room in ROOMS)]
+    assert loaded_by(names, ("numpy", "cv2", "PIL", "psutil", "torch")) == []
+
+
+def loaded_by(names: list[str], looked_for: tuple[str, ...]) -> list[str]:
+    """What of `looked_for` is loaded in a process of its own that imports these modules."""
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
-    code += f"print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr
+    code += f"print(*(name for name in {looked_for} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    return result.stdout.split()
 
 
 def test_only_the_trainer_knows_training():

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import infer
 from configs import load_config
 from errors import UserError
+from pipelines.text_to_video.command import picture_size
 from pipelines.text_to_video.from_pictures import video_size
-from pipelines.text_to_video.settings import picture_size
 from preprocess.record import read_metadata
 from preprocess.video import read_frames
 from tests.conftest import GOLDENS

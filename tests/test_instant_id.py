@@ -30,9 +30,9 @@ from models.identity.instant_id import (
 from models.prompt_weighting import weighted_embeddings
 from pipelines.conditions import cover_resize
 from pipelines.instant_id import pipeline as instant_id
-from pipelines.instant_id.settings import resolve_instant_id
-from pipelines.text_to_video import settings as image_to_video_settings
-from pipelines.text_to_video.settings import picture_settings, resolve_image_to_video
+from pipelines.instant_id.command import resolve_instant_id
+from pipelines.text_to_video import command as image_to_video_command
+from pipelines.text_to_video.command import picture_settings, resolve_image_to_video
 from preprocess.face_detection import Face, load_recogniser
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
@@ -560,14 +560,14 @@ VIDEO = ("--num_frames", 5, "--num_inference_steps", 2, "--prompt", "a woman", "
 @pytest.fixture
 def small_pictures(monkeypatch):
     """First frames of a megapixel in 30 steps take minutes here; these are as small as they may be."""
-    load = image_to_video_settings.load_config
+    load = image_to_video_command.load_config
 
     def few_steps(name):
         config = load(name)
         return config | {"defaults": config["defaults"] | {"num_inference_steps": 4}}
 
-    monkeypatch.setattr(image_to_video_settings, "load_config", few_steps)
-    monkeypatch.setattr(image_to_video_settings, "picture_size", lambda height, width: (256, 256))
+    monkeypatch.setattr(image_to_video_command, "load_config", few_steps)
+    monkeypatch.setattr(image_to_video_command, "picture_size", lambda height, width: (256, 256))
 
 
 def make_video(weights, output, *more) -> numpy.ndarray:

@@ -18,15 +18,9 @@ from errors import UsageError, UserError
 from metrics.drift import clip_starts, draw, likeness_to, measure_clips
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Chain, clips_for, plan_clips, pose_indices, prompts_of_clips, upstream_pose_indices
-from pipelines.long_video.settings import (
-    VARIANTS,
-    Variant,
-    check_released_name,
-    resolve_long_video,
-    size_on_area,
-    variant_config,
-    variant_of_file,
-)
+from pipelines.long_video.command import check_released_name, resolve_long_video
+from pipelines.long_video.media import size_on_area
+from pipelines.long_video.variant import VARIANTS, Variant, variant_config, variant_of_file
 from pipelines.tiny import tiny_transformer
 from preprocess.face_detection import Face
 from preprocess.prompts import read_prompt_stream

@@ -24,8 +24,9 @@ from models.wan.checkpoint import to_diffusers_name
 from models.wan.config import VARIANTS
 from models.wan.transformer import WanTransformer
 from pipelines.distributed import start_processes
-from pipelines.long_video.settings import resolve_long_video, variant_config
-from pipelines.lora_settings import resolve_lora_settings
+from pipelines.long_video.command import resolve_long_video
+from pipelines.long_video.variant import variant_config
+from pipelines.lora_command import resolve_lora_settings
 from pipelines.stand_in import stand_in_parts
 from pipelines.wan import Wan
 from preprocess.record import read_metadata

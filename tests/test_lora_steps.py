@@ -16,7 +16,7 @@ from models.wan.vae import WanVAE
 from pipelines.conditions import initial_noise
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
-from pipelines.lora_settings import resolve_lora_settings
+from pipelines.lora_command import resolve_lora_settings
 from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
 from pipelines.tiny import tiny_stand_in
 from pipelines.wan import Wan

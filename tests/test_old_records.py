@@ -13,16 +13,17 @@ import infer_face_swap
 import infer_long_video
 import infer_with_lora
 import infer_with_vace
-from pipelines.audio_avatar.settings import resolve_avatar
-from pipelines.consis_id.settings import resolve_consis_id
-from pipelines.face_swap.settings import resolve_face_swap
-from pipelines.flags import FILE, MEDIA, NOTHING, ONE_RUN, described
-from pipelines.instant_id.settings import resolve_instant_id
-from pipelines.long_video.settings import resolve_long_video
-from pipelines.lora_settings import resolve_lora_settings
+from pipelines.audio_avatar.command import resolve_avatar
+from pipelines.consis_id.command import resolve_consis_id
+from pipelines.face_swap.command import resolve_face_swap
+from pipelines.flags import FILE, MEDIA, NOTHING, ONE_RUN, described, names_of
+from pipelines.instant_id.command import resolve_instant_id
+from pipelines.long_video.command import resolve_long_video
+from pipelines.long_video.settings import LongVideoSettings
+from pipelines.lora_command import resolve_lora_settings
 from pipelines.settings import recorded
-from pipelines.text_to_video.settings import resolve_image_to_video
-from pipelines.vace.settings import resolve_vace_settings
+from pipelines.text_to_video.command import resolve_image_to_video
+from pipelines.vace.command import resolve_vace_settings
 from pipelines.whose import settings_classes, settings_that
 from tests.frame_hash_cases import CASES, RECORDED, write_inputs
 
@@ -81,6 +82,8 @@ def test_fields_say_what_the_lists_of_names_said_before():
     after = {"quality", "color_correction", "no_composite", "min_face_score", "max_retries", "tiled", "vae_dtype"}
     assert settings_that(lambda said: said.decides == FILE) == after
     assert settings_that(lambda said: said.left_open) == {"fp8", "tiled"}
+    later = {"prompt", "prompt_prefix", "prompt_repeat", "prompt_repeat_times", "use_first_prompt_only"}
+    assert set(names_of(LongVideoSettings, later_clips=True)) == later | {"video_frames", "num_clips"}
     assert settings_that(lambda said: said.path == MEDIA) == MEDIA_BEFORE
     names = settings_that(lambda said: True)
     places = {name for name in names if name.endswith("_path") or name.startswith("lora_path")}

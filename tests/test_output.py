@@ -16,7 +16,7 @@ from pipelines.audio_avatar.state import create_on_disk
 from pipelines.instant_id import first_frame
 from pipelines.instant_id.pipeline import FaceGuide
 from pipelines.job_state import load_state, save_state
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.text_to_video.command import resolve_image_to_video
 from preprocess.image import read_image, write_png
 from preprocess.output import allocate, part_of, whole_file
 from preprocess.picture_writer import write_picture

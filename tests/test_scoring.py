@@ -16,7 +16,7 @@ from pipelines import scoring
 from pipelines.jobs import Job, list_jobs
 from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.text_to_video.command import resolve_image_to_video
 from preprocess import image
 from preprocess.face_detection import Face, load_recogniser
 from preprocess.picture_writer import write_picture

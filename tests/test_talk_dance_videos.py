@@ -16,8 +16,9 @@ from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import pose_indices
 from pipelines.distributed import start_processes
 from pipelines.long_video import dance
+from pipelines.long_video.command import resolve_long_video
 from pipelines.long_video.parts import driving_parts
-from pipelines.long_video.settings import LongVideoSettings, resolve_long_video
+from pipelines.long_video.settings import LongVideoSettings
 from pipelines.tiny import tiny_multitalk, tiny_pose_embedder
 from pipelines.wan import Wan
 from preprocess import audio

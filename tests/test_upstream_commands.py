@@ -22,14 +22,14 @@ import infer_with_vace
 from configs import load_config
 from errors import InputError, UsageError, WeightsError
 from models.pose_embedder import KEY
-from pipelines.audio_avatar.settings import resolve_avatar
-from pipelines.face_swap.settings import make_demo_clip, resolve_face_swap
-from pipelines.long_video.settings import resolve_long_video
-from pipelines.lora_settings import resolve_lora_settings
-from pipelines.text_to_video.settings import resolve_image_to_video
+from pipelines.audio_avatar.command import resolve_avatar
+from pipelines.face_swap.command import make_demo_clip, resolve_face_swap
+from pipelines.long_video.command import resolve_long_video
+from pipelines.lora_command import resolve_lora_settings
+from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.tiny import tiny_pose_embedder
 from pipelines.upstream import samples_of
-from pipelines.vace.settings import resolve_vace_settings
+from pipelines.vace.command import resolve_vace_settings
 from preprocess.audio import SAMPLE_RATE, write_wav
 from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames

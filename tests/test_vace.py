@@ -27,10 +27,11 @@ from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.needs import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.vace.command import resolve_vace_settings, size_within, spread_frames
 from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
+from pipelines.vace.masks import read_mask
 from pipelines.vace.part import vace_part
 from pipelines.vace.pipeline import VaceMaker
-from pipelines.vace.settings import read_mask, resolve_vace_settings, size_within, spread_frames
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
 from preprocess.record import read_metadata

@@ -19,21 +19,21 @@ import infer_with_vace
 from errors import UserError, WeightsError
 from models.wan import checkpoint
 from models.wan.text_encoder import load_tokenizer
+from pipelines.consis_id.command import resolve_consis_id
 from pipelines.consis_id.pipeline import ConsisID
-from pipelines.consis_id.settings import resolve_consis_id
 from pipelines.distributed import start_processes
 from pipelines.instant_id import pipeline as instant_id
-from pipelines.instant_id.settings import resolve_instant_id
+from pipelines.instant_id.command import resolve_instant_id
 from pipelines.jobs import list_jobs
-from pipelines.long_video.settings import resolve_long_video
+from pipelines.long_video.command import resolve_long_video
 from pipelines.model_files import ModelFiles
 from pipelines.settings import PROJECT
 from pipelines.stand_in import stand_in_parts
+from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.text_to_video.from_pictures import open_pictures
-from pipelines.text_to_video.settings import resolve_image_to_video
 from pipelines.tiny import tiny_stand_in_tensors, tiny_text_encoder, tiny_transformer
+from pipelines.vace.command import resolve_vace_settings
 from pipelines.vace.part import vace_part
-from pipelines.vace.settings import resolve_vace_settings
 from pipelines.wan import Wan
 from preprocess.video_writer import VideoWriter
 from tests.test_infer import write_release

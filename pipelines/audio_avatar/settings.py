@@ -1,21 +1,11 @@
-"""The settings of a talking avatar, and the sound they are for: checked without torch."""
+"""The settings of a talking avatar."""
 
-import dataclasses
-from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import numpy
-
-from errors import UsageError
-from pipelines.checks import check_pictures
-from pipelines.flags import BASE, BESIDE_BASE, FILE, MEDIA, NOTHING, again, described, given_by, setting
-from pipelines.lora_settings import Loras, resolve_lora_settings
+from pipelines.flags import BASE, BESIDE_BASE, FILE, MEDIA, NOTHING, again, setting
+from pipelines.lora_settings import Loras
 from pipelines.settings import PROJECT, Face, Prompts, Sampling, VideoSize, WanSettings, Weights
-from preprocess.audio import AudioTimeline, read_audio
-from preprocess.output import safe_name
 
 # upstream's memory modes -> --memory and --fp8
 GPU_MEMORY_MODES = {
@@ -25,7 +15,6 @@ GPU_MEMORY_MODES = {
     "model_cpu_offload_and_qfloat8": {"memory": "model", "fp8": True},
     "sequential_cpu_offload": {"memory": "sequential"},
 }
-SOLVERS = ("euler-flow", "euler")
 DEMONSTRATION = {"reference_image": f"{PROJECT}/assets/face.png", "audio": f"{PROJECT}/assets/speech.wav"}
 GUIDANCE = {"low": 0, "high": 100, "metavar": "S"}
 
@@ -113,27 +102,6 @@ class AvatarSettings(Loras, WanSettings):
         return min(10, self.window // 2) if self.overlap_window_length is None else self.overlap_window_length
 
 
-def resolve_avatar(args: Namespace) -> tuple[AvatarSettings, dict, numpy.ndarray]:
-    """Settings, config, and the sound: mono samples at 16 kHz, (N,) float32.
-
-    Raises:
-        UsageError: values out of bounds, or a combination that makes no sense.
-        InputError: a sound or a picture that cannot be used.
-    """
-    given = translated(given_by(args))
-    if "config" not in given:
-        real = {"base_path", "transformer_path"} & given.keys()
-        given |= {"config": "stableavatar-1.3B" if real else "tiny-avatar"}
-    settings, config = resolve_lora_settings(given, AvatarSettings, required=False)
-    settings = with_demonstration(settings, config)
-    check_avatar(settings, given)
-    if settings.fsdp_dit:
-        settings = dataclasses.replace(settings, memory="resident")
-    samples = read_audio(settings.audio)
-    AudioTimeline(len(samples), settings.fps)  # less than a frame is refused
-    return settings, config, samples
-
-
 @dataclass(frozen=True, kw_only=True)
 class AvatarCommand:
     """What upstream calls otherwise, and flags of other tasks that mean nothing here: none is a setting."""
@@ -150,78 +118,3 @@ class AvatarCommand:
     guidance_scale: tuple[float, ...] = setting(
         "not here: there are --sample_text_guide_scale and --sample_audio_guide_scale", (), low=0, high=100
     )
-
-
-def translated(given: Mapping[str, object]) -> dict[str, object]:
-    """What was typed, with the toolkit's words for upstream's.
-
-    Raises:
-        UsageError: flags that mean nothing here, or that contradict each other.
-    """
-    if "identity" in given:
-        raise UsageError(
-            f"--identity {given['identity'][0]}: Stand-In's features are for text-to-video models; here the person is "
-            "the one of --reference_image"
-        )
-    if "guidance_scale" in given:
-        raise UsageError("--guidance_scale: here are two, --sample_text_guide_scale and --sample_audio_guide_scale")
-    said = {}
-    if (mode := given.get("GPU_memory_mode")) is not None:
-        if mode not in GPU_MEMORY_MODES:
-            raise UsageError(f"--GPU_memory_mode {mode}: accepted are {', '.join(GPU_MEMORY_MODES)}")
-        if "memory" in given or "fp8" in given:
-            raise UsageError("--GPU_memory_mode is another name for --memory and --fp8; give the one or the other")
-        said |= GPU_MEMORY_MODES[mode]
-    if "enable_teacache" in given:
-        if given.get("step_cache", "teacache") != "teacache":
-            raise UsageError(
-                f"--enable_teacache and --step_cache {given['step_cache']} contradict each other; give one"
-            )
-        said["step_cache"] = "teacache"
-    if "output_dir" in given:
-        if "output" in given:
-            raise UsageError("--output_dir and --output: give one; --output_dir names the video after its photo")
-        photo = given.get("reference_image", DEMONSTRATION["reference_image"])
-        said["output"] = str(Path(given["output_dir"]) / f"{safe_name(Path(photo).stem)}.mp4")
-    return {name: value for name, value in given.items() if name not in described(AvatarCommand)} | said
-
-
-def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings:
-    """The tiny model has a photo and a speech to show itself with; others are told."""
-    missing = [name for name in DEMONSTRATION if getattr(settings, name) is None]
-    if missing and not config.get("tiny"):
-        raise UsageError(f"--{missing[0]}: give " + ("the person's photo" if missing[0] != "audio" else "what is said"))
-    return dataclasses.replace(settings, **{name: DEMONSTRATION[name] for name in missing})
-
-
-def check_avatar(settings: AvatarSettings, given: Mapping[str, object]) -> None:
-    """Combinations of what only a talking avatar has.
-
-    Raises:
-        UsageError, InputError.
-    """
-    if settings.solver not in SOLVERS:
-        raise UsageError(
-            f"--solver {settings.solver}: accepted are {', '.join(SOLVERS)}; windows are fused after each step, which "
-            "solvers with a history cannot take"
-        )
-    if settings.audio_native_guidance is not None and len(settings.audio_native_guidance) != 2:
-        raise UsageError("--audio_native_guidance: two weights, of the audio and of the latent-audio pair; 2 2 to try")
-    if settings.audio_native_guidance is not None and "sample_audio_guide_scale" in given:
-        raise UsageError("--sample_audio_guide_scale: --audio_native_guidance takes its place; give one")
-    if settings.window < 2:
-        raise UsageError(f"--clip_sample_n_frames {settings.num_frames}: accepted are 5 or more, 81 as trained")
-    if not 1 <= settings.overlap < settings.window:
-        raise UsageError(
-            f"--overlap_window_length {settings.overlap}: accepted are 1 to {settings.window - 1}, less than the "
-            f"{settings.window} latent frames of a window (--clip_sample_n_frames {settings.num_frames})"
-        )
-    if settings.step_cache != "teacache":
-        for name in ("num_skip_start_steps", "teacache_offload"):
-            if name in given:
-                raise UsageError(f"--{name}: only with --step_cache teacache")
-    if settings.fsdp_dit and settings.ulysses_degree * settings.ring_degree == 1:
-        raise UsageError("--fsdp_dit shards the weights over the processes of --ulysses_degree or --ring_degree")
-    if settings.fsdp_dit and (settings.memory not in ("auto", "model", "resident") or settings.fp8 or settings.compile):
-        raise UsageError("--fsdp_dit keeps the weights on the devices as they are: no --memory, --fp8 or --compile")
-    check_pictures(reference_image=(settings.reference_image,))

@@ -24,7 +24,8 @@ from pipelines.instant_id.pipeline import FaceGuide, PictureMaker, describe_pict
 from pipelines.instant_id.settings import FACE_HEIGHT, InstantIdSettings
 from pipelines.jobs import Job
 from pipelines.scoring import load_scorer, make_scored
-from pipelines.text_to_video.settings import FirstFrameSettings, first_frame_path, picture_settings
+from pipelines.text_to_video.command import picture_settings
+from pipelines.text_to_video.settings import FirstFrameSettings, first_frame_path
 from pipelines.weights import WeightsFile
 from preprocess.face_detection import load_recogniser
 from preprocess.image import read_image

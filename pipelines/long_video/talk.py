@@ -11,8 +11,8 @@ from torch import Tensor
 from pipelines.clip_plan import Clip
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert
 from pipelines.guidance import UNCONDITIONAL, branch_prompts, three_branch
+from pipelines.long_video.media import read_speech
 from pipelines.long_video.parts import encode_speech
-from pipelines.long_video.settings import read_speech
 from pipelines.wan import Wan
 from preprocess.audio import AudioTimeline
 

@@ -22,6 +22,7 @@ from pipelines.job_state import JobState
 from pipelines.jobs import Job
 from pipelines.memory import stage
 from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.vace.command import spread_frames
 from pipelines.vace.context import (
     cover_resize,
     fit_reference,
@@ -31,7 +32,8 @@ from pipelines.vace.context import (
     vace_context,
     with_known_frames,
 )
-from pipelines.vace.settings import VaceSettings, read_mask, spread_frames
+from pipelines.vace.masks import read_mask
+from pipelines.vace.settings import VaceSettings
 from pipelines.wan import Wan
 from pipelines.windows import Window, plan_windows
 from preprocess.image import read_image

@@ -23,7 +23,7 @@ from pipelines.clip_plan import (
 from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.long_video.clip_conditions import frames_to_condition, latents_to_condition, picture_to_frame
-from pipelines.long_video.settings import limit_width
+from pipelines.long_video.media import limit_width
 from preprocess.prompts import evaluate, prompt_lines
 from tests.golden_checks.dit import build_transformer, record_outputs
 from training.error_recycling import error_buckets, loss_weights

@@ -9,6 +9,7 @@ from models.wan.slots import Prompt
 from models.wan.transformer import WanTransformer
 from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
+from pipelines.vace.command import size_within, spread_frames
 from pipelines.vace.context import (
     cover_resize,
     fit_reference,
@@ -18,7 +19,6 @@ from pipelines.vace.context import (
     split_by_mask,
     vace_context,
 )
-from pipelines.vace.settings import size_within, spread_frames
 from tests.golden_checks.dit import build_transformer, check_forward_outputs, numbered
 from tests.golden_checks.pipelines import open_vae
 from tests.golden_checks.stand_in import build_stand_in, check_forward_with
