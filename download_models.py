@@ -12,37 +12,50 @@ Broken downloads go on where they stopped: run the same command again. Files tha
 again. HF_ENDPOINT names a mirror, HF_TOKEN an account, HF_HUB_OFFLINE=1 only looks at what is here.
 """
 
-import argparse
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from configs import file_patterns, known_configs, load_config
 from errors import ResourceError, UsageError, exit_codes
+from pipelines.flags import Parser, add_flags, check_bounds, given_by, setting
+from pipelines.settings import WAN_VERSIONS
 
 logger = logging.getLogger("selfsame")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="list the known models and stop")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="models by name, or .yaml files like those in configs/"
+@dataclass(frozen=True, kw_only=True)
+class DownloadSettings:
+    """What to fetch, and where to."""
+
+    title: ClassVar[str] = "what to fetch"
+
+    list: bool = setting("list the known models and stop; so does no flag at all", False)
+    only: tuple[str, ...] = setting("models by name, or .yaml files like those in configs/", (), metavar="NAME")
+    wan_version: str | None = setting(
+        "all that identity-preserving text-to-video needs (with --vace: 2.1)", None, choices=WAN_VERSIONS
     )
-    parser.add_argument(
-        "--wan_version",
-        choices=["2.1", "2.2"],
-        help="all that identity-preserving text-to-video needs (with --vace: 2.1)",
-    )
-    parser.add_argument("--method", choices=["instantid", "consisid"], help="all that infer.py --method needs")
-    parser.add_argument("--vace", action="store_true", help="with VACE-14B as the base (Wan2.1 only)")
-    parser.add_argument("--dest", type=Path, default=Path("checkpoints"), help="root folder (default: checkpoints)")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="say what would be fetched, and whether the disk has room"
-    )
-    return parser.parse_args(argv)
+    method: str | None = setting("all that infer.py --method needs", None, choices=("instantid", "consisid"))
+    vace: bool = setting("with VACE-14B as the base (Wan2.1 only)", False)
+    dest: Path = setting("root folder", Path("checkpoints"), metavar="FOLDER")
+    dry_run: bool = setting("say what would be fetched, and whether the disk has room", False)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> DownloadSettings:
+    """
+    Raises:
+        UsageError: an unknown flag, or a value that is not accepted.
+    """
+    parser = Parser(__doc__)
+    add_flags(parser, DownloadSettings)
+    settings = DownloadSettings(**given_by(parser.parse_args(argv)))
+    check_bounds(settings)
+    return settings
 
 
 def free_bytes(root: Path) -> int:
@@ -51,7 +64,7 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def wanted_configs(args: argparse.Namespace) -> list[dict]:
+def wanted_configs(args: DownloadSettings) -> list[dict]:
     """The configs the arguments ask for, each once, in the order of the download."""
     names = list(args.only)
     if args.method:
@@ -109,7 +122,7 @@ def estimate(configs: list[dict], root: Path) -> None:
         raise ResourceError(f"{root}: needs about {needed:.1f} GiB, {free:.1f} GiB free; name another disk with --dest")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: DownloadSettings) -> None:
     if args.list or not (args.only or args.method or args.wan_version or args.vace):
         return print_list(args.dest)
     configs = wanted_configs(args)

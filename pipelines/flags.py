@@ -96,7 +96,7 @@ def again(base: type, name: str, **changes: Any) -> Any:
 
 def described(kind: type) -> dict[str, tuple[dataclasses.Field, Setting]]:
     """Field name -> the field and what it says of itself, of all that do."""
-    fields = dataclasses.fields(kind)
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     return {field.name: (field, field.metadata["setting"]) for field in fields if "setting" in field.metadata}
 
 
@@ -118,19 +118,20 @@ def given_by(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def add_flags(parser: argparse.ArgumentParser, *kinds: type, without: Sequence[type] = ()) -> None:
-    """The flags of all fields of settings classes, in groups of the help: those that a class declares itself under its
-    `title`, then those of its bases. A flag that is not given is None: its value then comes from --config, or from the
-    field.
+    """The flags of all fields of settings classes, in groups of the help: under the `title` of a class those that it is
+    the first to declare, then those of its bases. A flag that is not given is None: its value then comes from --config,
+    or from the field.
 
     without: bases whose fields the script has no flags for.
     """
     groups: dict[str, Any] = {}
     there = {action.dest for action in parser._actions}
     for kind in kinds:
-        owners = owners_of(kind)
+        fields, owners = described(kind), owners_of(kind)
         for title in dict.fromkeys(owner.title for owner in kind.__mro__ if owner in owners.values()):
-            for name, (field, what) in described(kind).items():
-                if name in there or not flags_of(name, what) or owners[name].title != title or owners[name] in without:
+            for name in (name for name, owner in owners.items() if owner.title == title and owner not in without):
+                field, what = fields[name]
+                if name in there or not flags_of(name, what):
                     continue
                 there.add(name)
                 if title not in groups:
@@ -142,9 +143,12 @@ def add_flags(parser: argparse.ArgumentParser, *kinds: type, without: Sequence[t
 
 
 def owners_of(kind: type) -> dict[str, type]:
-    """Field name -> the class that declares it, of a class of settings."""
-    declared = [(name, owner) for owner in kind.__mro__ for name in vars(owner).get("__annotations__", {})]
-    return dict(reversed(declared))
+    """Field name -> the class that is the first to declare it; in the order in which the class is composed."""
+    owners: dict[str, type] = {}
+    for base in kind.__bases__:
+        owners |= {name: owner for name, owner in owners_of(base).items() if name not in owners}
+    own = vars(kind).get("__annotations__", {})
+    return owners | {name: kind for name in own if name in described(kind) and name not in owners}
 
 
 def flags_of(name: str, what: Setting) -> tuple[str, ...]:

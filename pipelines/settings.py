@@ -82,7 +82,7 @@ class VideoSize:
 
     height: int = setting("in pixels", low=16, high=16384)
     width: int = setting("in pixels", low=16, high=16384)
-    num_frames: int = setting("4n+1", low=1, high=4093)
+    num_frames: int = setting("how many, 4n+1", low=1, high=4093)
     fps: float = setting("frames a second", low=1, high=240)
 
 
@@ -161,7 +161,7 @@ class StandIn:
 
     title: ClassVar[str] = "identity"
 
-    identity_strength: float = setting("of its weights: 1 as trained, 0 without them", 1.0, low=0, high=10)
+    identity_strength: float = setting("of the identity's weights: 1 as trained, 0 without them", 1.0, low=0, high=10)
     identity_start: float = setting("share of the steps before the identity sets in", 0.0, low=0, high=1)
     identity_end: float = setting("share of the steps after which it ends", 1.0, low=0, high=1)
     allow_no_face: bool = setting("use the whole photo without one", False)
@@ -183,7 +183,10 @@ class Weights:
     title: ClassVar[str] = "weights"
 
     config: str = setting(
-        "name or file of configs/, or the JSON or video of an earlier run", metavar="NAME", path=CONFIG, shown="tiny"
+        "name or file of configs/, or the JSON or video of an earlier run",
+        metavar="NAME",
+        path=CONFIG,
+        shown="a tiny model, or what other flags ask for",
     )
     base_path: str | None = setting(
         "the model's folder (original or Diffusers layout), or transformer file",

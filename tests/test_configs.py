@@ -9,17 +9,21 @@ import yaml
 
 import infer
 import infer_with_lora
+from configs import _DEFAULTS as DEFAULTS
 from configs import FOLDER, download_command, file_patterns, known_configs, load_config, part_path
+from configs.values import typed
 from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
 from models.wan.slots import Prompt
 from models.wan.tea_cache import coefficients_of
 from pipelines.command import resolve_settings
 from pipelines.distributed import Processes
+from pipelines.flags import described
 from pipelines.settings import Settings
 from pipelines.text_to_video.command import resolve_image_to_video
 from pipelines.tiny import tiny_multitalk, tiny_vace, tiny_vae
 from pipelines.wan import Wan
+from pipelines.whose import settings_classes
 
 # Command line defaults of upstream: steps, shift, guidance (high, low for two experts), frames, fps, height, width.
 UPSTREAM = {
@@ -294,3 +298,13 @@ def test_tiny_image_to_video_config_takes_a_picture():
 def test_settings_refuse_families_the_script_cannot_drive():
     with pytest.raises(UsageError, match="family i2v; accepted here are t2v, ti2v"):
         resolve_settings(Namespace(config="tiny-i2v"))
+
+
+def test_what_a_config_may_set_is_a_setting_of_that_type():
+    """configs/ is a floor below the settings; what it accepts under `defaults` is held against their fields here."""
+    fields = {name: field for kind in settings_classes() for name, (field, _) in described(kind).items()}
+    for name, kind in DEFAULTS.items():
+        if name == "guidance_scale":  # one number, or one for each of two experts
+            continue
+        (given,) = {int: [3], float: [0.5], str: ["x"], list[float]: [[1.0, 0.5]]}[kind]
+        typed(given, fields[name].type)

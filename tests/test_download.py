@@ -227,7 +227,7 @@ def test_second_run_in_the_same_folder(hub, config, tmp_path):
         (["--only", "wan9"], "known: antelopev2"),
         (["--only", "tiny"], "nothing to download"),
         (["--vace", "--wan_version", "2.2"], "--vace"),
-        (["--wan_version", "3"], "invalid choice"),
+        (["--wan_version", "3"], "accepted are 2.1, 2.2"),
     ],
 )
 def test_usage_errors(arguments, words):

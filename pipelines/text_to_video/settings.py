@@ -15,7 +15,7 @@ class FirstFrameSettings(InstantId):
     bases.
     """
 
-    title: ClassVar[str] = "image-to-video"
+    title: ClassVar[str] = "first frame of a photo"
 
     first_frame: str | None = setting("make the first frame from --ip_image", None, choices=("instantid",))
     first_frame_prompt: str | None = setting("its scene", None, metavar="TEXT", text=True, shown="the video's prompt")
