@@ -52,37 +52,33 @@ def main(args: argparse.Namespace) -> list[Path]:
 
 def stand_in(args: argparse.Namespace) -> list[Path]:
     """Videos by Wan: from a prompt with Stand-In, or from a picture."""
-    from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.jobs import all_done, list_jobs, make_all
     from pipelines.text_to_video.command import resolve_image_to_video
 
     settings, config = resolve_image_to_video(args)
     jobs = list_jobs(settings)
 
     from pipelines.distributed import start_processes
+    from pipelines.opening import open_wan
     from pipelines.scoring import load_scorer, make_scored
     from pipelines.stand_in import stand_in_parts
-    from pipelines.text_to_video.from_pictures import ImageToVideoMaker, open_pictures
+    from pipelines.text_to_video.from_pictures import open_pictures
     from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
-    from pipelines.wan import Wan
 
-    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    if not (jobs := processes.own(jobs)):  # more processes than videos
-        return []
-    pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
-    wan = Wan(settings, config, processes, stand_in_parts(settings, config))
-    wan.check(jobs)
-    jobs = settle(jobs, settings, wan.describe, processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
+    with start_processes(settings.device, settings.ulysses_degree, settings.ring_degree) as processes:
+        if not (jobs := processes.own(jobs)):  # more processes than videos
+            return []
+        pictures, settings = open_pictures(settings, config, processes, jobs[0].output)
+        wan, jobs = open_wan(settings, config, processes, jobs, stand_in_parts(settings, config))
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
 
-    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
-    scorer = load_scorer(settings, settings.score_photos, "--ip_image" if settings.ip_image else "--image")
-    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = ImageToVideoMaker(wan, text, pictures) if pictures else VideoMaker(wan, text, faces)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
-    processes.close()
-    return made
+        faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+        scorer = load_scorer(settings, settings.score_photos, "--ip_image" if settings.ip_image else "--image")
+        text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+        maker = VideoMaker(wan, text, faces, pictures)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings, processes=processes)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 def instant_id(args: argparse.Namespace) -> list[Path]:
@@ -98,18 +94,19 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
     from pipelines.scoring import load_scorer, make_scored
     from preprocess.face_detection import load_recogniser
 
-    processes = start_processes(settings.device)
-    if not (jobs := processes.own(jobs)):
-        return []
-    check_files(settings, config)
-    jobs = settle(jobs, settings, partial(describe_picture, settings, config), processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
-    guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
-    scorer = load_scorer(settings, settings.ip_image)
-    maker = PictureMaker(settings, config, guide, processes.device)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs), processes)
+    with start_processes(settings.device) as processes:
+        if not (jobs := processes.own(jobs)):
+            return []
+        check_files(settings, config)
+        jobs = settle(jobs, settings, partial(describe_picture, settings, config), processes)
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
+
+        guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
+        scorer = load_scorer(settings, settings.ip_image)
+        maker = PictureMaker(settings, config, guide, processes.device)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 def consis_id(args: argparse.Namespace) -> list[Path]:
@@ -120,25 +117,26 @@ def consis_id(args: argparse.Namespace) -> list[Path]:
     settings, config = resolve_consis_id(args)
     jobs = list_jobs(settings)
 
-    from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker
+    from pipelines.consis_id.model import ConsisID
+    from pipelines.consis_id.pipeline import ConsisIDMaker
     from pipelines.distributed import start_processes
     from pipelines.scoring import load_scorer, make_scored
 
-    processes = start_processes(settings.device)
-    if not (jobs := processes.own(jobs)):
-        return []
-    model = ConsisID(settings, config, processes)
-    model.check()
-    jobs = settle(jobs, settings, model.describe, processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
+    with start_processes(settings.device) as processes:
+        if not (jobs := processes.own(jobs)):
+            return []
+        model = ConsisID(settings, config, processes)
+        model.check()
+        jobs = settle(jobs, settings, model.describe, processes)
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
 
-    scorer = load_scorer(model.scoring_settings, settings.ip_image)
-    face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
-    text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
-    maker = ConsisIDMaker(model, face, text)
-    return make_all(lambda job: make_scored(maker, job, scorer, settings), maker.bars.each(jobs), processes)
+        scorer = load_scorer(model.scoring_settings, settings.ip_image)
+        face = model.prepare_face(jobs[0].output)  # the face networks are gone after this
+        text = model.encode_prompts([*settings.prompt, settings.negative_prompt])  # and so is the text encoder
+        maker = ConsisIDMaker(model, face, text)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Weights: python download_models.py --only stableavatar-1.3B. A stopped run goes 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from errors import run_script
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from pipelines.audio_avatar.command import resolve_avatar
-    from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.jobs import all_done, list_jobs, make_all
     from preprocess.audio import AudioTimeline
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -44,25 +45,23 @@ def main(args: argparse.Namespace) -> list[Path]:
     from pipelines.audio_avatar.part import audio_adapter_part
     from pipelines.audio_avatar.pipeline import AvatarMaker, read_reference
     from pipelines.distributed import start_processes
+    from pipelines.opening import open_wan
     from pipelines.scoring import load_scorer, make_scored
-    from pipelines.wan import Wan
 
-    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True)
-    wan = Wan(settings, config, processes, [audio_adapter_part(settings, config)])
-    wan.use_loras(settings)
-    wan.check(jobs)
-    jobs = settle(jobs, settings, wan.describe, processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
+    with start_processes(settings.device, settings.ulysses_degree, settings.ring_degree, by_windows=True) as processes:
+        if not (jobs := processes.own(jobs)):  # more processes than videos
+            return []
+        parts = [audio_adapter_part(settings, config)]
+        wan, jobs = open_wan(settings, config, processes, jobs, parts)
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
 
-    reference = read_reference(settings)  # (H, W, 3) uint8
-    scorer = load_scorer(settings, settings.score_photos, "--reference_image")
-    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = AvatarMaker(wan, text, reference, samples, jobs[0].output.parent)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
-    processes.close()
-    return made
+        reference = read_reference(settings)  # (H, W, 3) uint8
+        scorer = load_scorer(settings, settings.score_photos, "--reference_image")
+        text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+        maker = AvatarMaker(wan, text, reference, samples, jobs[0].output.parent)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings, processes=processes)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

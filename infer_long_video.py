@@ -61,11 +61,10 @@ def main(args: argparse.Namespace) -> list[Path]:
     from pipelines.distributed import start_processes
 
     made = []
-    for *video, jobs in videos:
-        processes = start_processes(video[0].device, video[0].ulysses_degree, video[0].ring_degree)
-        if jobs := processes.own(jobs):  # none where there are more processes than videos
-            made += make_videos(*video, jobs, processes)
-    processes.close()
+    with start_processes(settings.device, settings.ulysses_degree, settings.ring_degree) as processes:
+        for *video, jobs in videos:
+            if jobs := processes.own(jobs):  # none where there are more processes than videos
+                made += make_videos(*video, jobs, processes)
     return made
 
 
@@ -79,16 +78,13 @@ def make_videos(settings, config: dict, picture, jobs: list, processes) -> list[
     """
     from metrics.drift import likeness_to, report
     from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
-    from pipelines.jobs import Job, all_done, make_all, settle
+    from pipelines.jobs import Job, all_done, make_all
     from pipelines.long_video.parts import driving_parts
     from pipelines.long_video.pipeline import LongVideoMaker, open_existing
-    from pipelines.wan import Wan
+    from pipelines.opening import open_wan
 
-    wan = Wan(settings, config, processes, driving_parts(settings, config))
-    wan.check_files(first_frame_files(settings))
-    wan.use_loras(settings)
-    wan.check(jobs)  # LoRAs take memory too
-    jobs = settle(jobs, settings, wan.describe, processes)
+    parts = driving_parts(settings, config)
+    wan, jobs = open_wan(settings, config, processes, jobs, parts, further=first_frame_files(settings))
     if all_done(jobs):
         return make_all(None, jobs, processes)
     if settings.first_frame is not None:  # SDXL's memory is free again after this

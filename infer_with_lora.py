@@ -16,6 +16,7 @@ tokens run through the changed weights too. All else is as in infer.py.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from errors import run_script
@@ -32,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
-    from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.jobs import all_done, list_jobs, make_all
     from pipelines.lora_command import resolve_lora_settings
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -40,29 +41,24 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = list_jobs(settings)
 
     from pipelines.distributed import start_processes
+    from pipelines.opening import open_wan
     from pipelines.scoring import load_scorer, make_scored
     from pipelines.stand_in import stand_in_parts
     from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
-    from pipelines.wan import Wan
 
-    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    if not (jobs := processes.own(jobs)):  # more processes than videos
-        return []
-    wan = Wan(settings, config, processes, stand_in_parts(settings, config))
-    wan.use_loras(settings)
-    wan.check(jobs)
-    jobs = settle(jobs, settings, wan.describe, processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
+    with start_processes(settings.device, settings.ulysses_degree, settings.ring_degree) as processes:
+        if not (jobs := processes.own(jobs)):  # more processes than videos
+            return []
+        wan, jobs = open_wan(settings, config, processes, jobs, stand_in_parts(settings, config))
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
 
-    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
-    scorer = load_scorer(settings, settings.score_photos)
-    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = VideoMaker(wan, text, faces)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
-    processes.close()
-    return made
+        faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+        scorer = load_scorer(settings, settings.score_photos)
+        text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+        maker = VideoMaker(wan, text, faces)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings, processes=processes)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

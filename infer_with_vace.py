@@ -13,6 +13,7 @@ Weights: python download_models.py --vace. A run that was stopped goes on when t
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from errors import run_script
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     """Make what the arguments ask for; the files that this process made, in the order of prompts and seeds."""
     from dataclasses import replace
 
-    from pipelines.jobs import all_done, list_jobs, make_all, settle
+    from pipelines.jobs import all_done, list_jobs, make_all
     from pipelines.vace.command import resolve_vace_settings
 
     # Everything that can be refused without torch is refused before it is imported.
@@ -40,33 +41,31 @@ def main(args: argparse.Namespace) -> list[Path]:
     jobs = list_jobs(replace(settings, num_frames=windows * settings.num_frames))
 
     from pipelines.distributed import start_processes
+    from pipelines.opening import open_wan
     from pipelines.scoring import load_scorer, make_scored
     from pipelines.stand_in import stand_in_parts
     from pipelines.text_to_video.pipeline import prepare_faces
+    from pipelines.vace.control import read_control
     from pipelines.vace.part import vace_part
-    from pipelines.vace.pipeline import VaceMaker, read_control
-    from pipelines.wan import Wan
+    from pipelines.vace.pipeline import VaceMaker
 
-    processes = start_processes(settings.device, settings.ulysses_degree, settings.ring_degree)
-    if not (jobs := processes.own(jobs)):  # more processes than videos
-        return []
-    wan = Wan(settings, config, processes, [*stand_in_parts(settings, config), vace_part(settings, config)])
-    frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
-    wan.use_loras(settings)
-    wan.check(jobs, at_once=replace(settings, num_frames=frames))
-    jobs = settle(jobs, settings, wan.describe, processes)
-    if all_done(jobs):
-        processes.close()
-        return make_all(None, jobs, processes)
+    with start_processes(settings.device, settings.ulysses_degree, settings.ring_degree) as processes:
+        if not (jobs := processes.own(jobs)):  # more processes than videos
+            return []
+        parts = [*stand_in_parts(settings, config), vace_part(settings, config)]
+        frames = min(settings.num_frames, settings.window_frames) + 4 * len(settings.reference_image)
+        window = replace(settings, num_frames=frames)  # what is computed at one time
+        wan, jobs = open_wan(settings, config, processes, jobs, parts, at_once=window)
+        if all_done(jobs):
+            return make_all(None, jobs, processes)
 
-    control = read_control(settings, demonstrate=wan.is_tiny)
-    faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
-    scorer = load_scorer(settings, settings.score_photos)
-    text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
-    maker = VaceMaker(wan, text, faces, control)
-    made = make_all(lambda job: make_scored(maker, job, scorer, settings, processes), maker.bars.each(jobs), processes)
-    processes.close()
-    return made
+        control = read_control(settings, demonstrate=wan.is_tiny)
+        faces = prepare_faces(settings, jobs[0].output if processes.writes else None)  # (512, 512, 3) each
+        scorer = load_scorer(settings, settings.score_photos)
+        text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])  # the text encoder is gone after this
+        maker = VaceMaker(wan, text, faces, control)
+        make = partial(make_scored, maker, scorer=scorer, settings=settings, processes=processes)
+        return make_all(make, maker.bars.each(jobs), processes)
 
 
 if __name__ == "__main__":

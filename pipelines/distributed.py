@@ -81,13 +81,21 @@ class Processes:
         if self.together:
             dist.barrier()
 
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The end of the run. After an error the others are not waited for: the launcher ends them."""
+        if kind is None:
+            self.close()
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def start_processes(device: str, ulysses_degree: int = 1, ring_degree: int = 1, by_windows: bool = False) -> Processes:
-    """Join the launcher's process group, if there is one.
+    """Join the launcher's process group, if there is one; for a `with` block, which leaves it.
 
     Args:
         device: "auto", or a torch device; with several GPUs each process takes the one of its local rank.

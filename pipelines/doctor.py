@@ -27,7 +27,7 @@ from configs import file_patterns, known_configs, load_config
 from errors import UserError, WeightsError, exit_codes
 from models.wan.attention import usable_backends
 from models.wan.checkpoint import SUFFIXES, headers_only, read_tensors, weight_files
-from pipelines.consis_id import pipeline as consis_id
+from pipelines.consis_id import needs as consis_id
 from pipelines.distributed import choose_device, has_conv3d_defect
 from pipelines.instant_id import pipeline as instant_id
 from pipelines.memory import free_bytes

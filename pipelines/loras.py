@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from errors import UsageError
-from models.lora import Lora, attach_loras, lora_changes, merge_loras
+from models.lora import Lora, attach_loras, lora_changes, merge_loras, read_lora
+from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
+from pipelines.lora_settings import Loras
+from pipelines.parts import meta_transformer
 
 Scaled = tuple[Lora, float]  # a LoRA and its scale
 
 
 @dataclass(frozen=True)
-class Loras:
+class ModelLoras:
     """What changes a model's weights.
 
     of_experts: expert -> its LoRAs.
@@ -78,3 +81,27 @@ class Loras:
             "sequential": 0,
         }[memory]
         return values * itemsize
+
+
+def read_loras(
+    settings: Loras, num_experts: int, shape: WanConfig, key_of_part: Callable[[str], str | None]
+) -> ModelLoras:
+    """The LoRAs of these settings, each checked against a transformer without weights, so that a wrong one is refused
+    before the right base is loaded.
+
+    Args:
+        shape: of the transformer.
+        key_of_part: a file -> what the keys of another part's weights contain, where they lie among the LoRA's.
+
+    Raises:
+        WeightsError, InputError: `read_lora`.
+        UsageError: a file that cannot be switched off.
+    """
+    transformer, files = meta_transformer(shape), settings.lora_files(num_experts)
+    paths = dict.fromkeys(path for of_expert in files for path, _ in of_expert)
+    read = {
+        path: read_lora(path, transformer, settings.lora_partial, key_of_part(path), settings.unused_lora_keys)
+        for path in paths
+    }
+    of_experts = {i: [(read[path], scale) for path, scale in of_expert] for i, of_expert in enumerate(files)}
+    return ModelLoras(of_experts, settings.live_loras, settings.lora_steps)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from diffusers import ModelMixin
+
 from errors import WeightsError
 from models.wan import image_encoder, text_encoder, vae
 from models.wan.checkpoint import load_transformer, part_of_release, read_tensors
@@ -15,7 +18,7 @@ from models.wan.text_encoder import TOKENIZER_FILES, check_tokenizer, find_token
 from models.wan.vae import load_vae
 from pipelines.networks import family_of, shape_of
 from pipelines.parts import Part
-from pipelines.settings import Settings
+from pipelines.settings import Settings, is_tiny
 from pipelines.weights import EXPERTS, WeightsFile, found_or
 
 
@@ -31,6 +34,11 @@ class ModelFiles:
         self.settings, self.config, self.parts = settings, config, tuple(parts)
         # The part whose file holds the transformer too.
         self.with_transformer = next((part for part in self.parts if part.load_both is not None), None)
+
+    @property
+    def are_tiny(self) -> bool:
+        """Whether there are none of the model's own: its networks are made from a seed."""
+        return is_tiny(self.settings, self.config)
 
     @property
     def base(self) -> dict:
@@ -63,11 +71,11 @@ class ModelFiles:
             return self.base_path
         return self.base_path / self.config["experts"][EXPERTS[expert]]
 
-    def weights(self, is_tiny: bool) -> list[WeightsFile]:
+    def weights(self) -> list[WeightsFile]:
         """What a run reads, each file once, found or not. Of the tiny model: LoRAs, and parts that are given."""
         beside = [part for part in self.parts if part is not self.with_transformer and part.key_in_lora is None]
         of_parts = [file for part in beside for file in part.files]
-        return [*([] if is_tiny else self._model_files()), *of_parts, *self._lora_files()]
+        return [*([] if self.are_tiny else self._model_files()), *of_parts, *self._lora_files()]
 
     def _model_files(self) -> list[WeightsFile]:
         files = [
@@ -157,6 +165,10 @@ class ModelFiles:
         """The parts whose keys lie among a LoRA's."""
         return [part for part in self.parts if part.key_in_lora is not None and part.files]
 
+    def key_in_lora(self, path: str) -> str | None:
+        """What the keys of a part's weights contain, where they lie among those of this LoRA."""
+        return next((part.key_in_lora for part in self.parts_in_loras() if part.files[0].path == Path(path)), None)
+
     @property
     def encodes_pictures(self) -> bool:
         """Whether the VAE is used before denoising, too."""
@@ -164,6 +176,18 @@ class ModelFiles:
         starts_from_one = getattr(settings, "image", None) or getattr(settings, "first_frame", None)
         for_a_part = any(part.encodes for part in self.parts)
         return bool(for_a_part or starts_from_one) or family_of(self.config) not in ("t2v", "ti2v")
+
+    @property
+    def encodes_videos(self) -> bool:
+        """Whether the VAE encodes at the video's size, not photos alone."""
+        names = ("image", "first_frame", "input_video", "reference_video", "reference_image")
+        given = any(getattr(self.settings, name, None) for name in names)
+        return given or family_of(self.config) not in ("t2v", "ti2v")
+
+    def layers_beside(self) -> list[ModelMixin]:
+        """The layers that are loaded with a transformer, on the meta device."""
+        with torch.device("meta"):
+            return [part.build(self.transformer_config) for part in self.parts if part.build is not None]
 
     def _tokenizer_file(self, text_encoder: Path) -> Path:
         """The file that decides what the tokenizer does: as given, or the one that belongs to the text encoder."""

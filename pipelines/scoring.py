@@ -31,8 +31,8 @@ from preprocess.video_writer import add_metadata
 logger = logging.getLogger("selfsame")
 
 
-class Maker(Protocol):
-    """What makes a job."""
+class MakesJobs(Protocol):
+    """Whatever makes a job's file."""
 
     def make(self, job: Job) -> Path: ...
 
@@ -71,7 +71,7 @@ def load_scorer(settings: LikenessSettings, photos: Sequence[str], argument: str
 
 
 def make_scored(
-    maker: Maker,
+    maker: MakesJobs,
     job: Job,
     scorer: FaceScorer | None,
     settings: LikenessSettings,

@@ -5,7 +5,6 @@ torchrun … avatar_worker.py OUT.mp4 FLAG … -- OUT.mp4 FLAG … -- …       
 
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -16,19 +15,21 @@ from pipelines.audio_avatar.pipeline import AvatarMaker
 from pipelines.distributed import Processes
 
 
-def keep_latents(decode):
-    def decode_and_keep(self, latents, writer):
+def keep_latents(denoise):
+    def denoise_and_keep(self, job, state):
+        latents = denoise(self, job, state)
         weight = self.wan.transformer(0).blocks[0].self_attn.q.weight
         rows = len(weight.to_local() if isinstance(weight, DTensor) else weight)  # that this process holds
         tensors = {"latents": latents.clone(), "rows": torch.tensor(rows)}
-        save_file(tensors, Path(writer.path).with_suffix(".safetensors"))
-        decode(self, latents, writer)
+        if self.wan.processes.writes:
+            save_file(tensors, job.output.with_suffix(".safetensors"))
+        return latents
 
-    return decode_and_keep
+    return denoise_and_keep
 
 
 if __name__ == "__main__":
-    AvatarMaker.decode = keep_latents(AvatarMaker.decode)
+    AvatarMaker.denoise = keep_latents(AvatarMaker.denoise)
     close, Processes.close = Processes.close, lambda self: None  # a process group cannot be joined twice
     for is_end, flags in itertools.groupby(sys.argv[1:], lambda flag: flag == "--"):
         if not is_end:

@@ -9,6 +9,7 @@ import infer
 import infer_long_video
 from models.wan import attention
 from models.wan.attention import choose_flash
+from pipelines.attention_choice import warn_without_flash
 from pipelines.distributed import Processes
 from pipelines.long_video.command import resolve_long_video
 from pipelines.text_to_video.command import resolve_image_to_video
@@ -74,8 +75,7 @@ def test_without_the_package_it_is_said_once(runs, caplog):
     def said(*flags: str) -> list[str]:
         caplog.clear()
         wan = model(GPU, *SVI2, *flags)
-        wan.is_tiny = False
-        wan.check_attention_backend()
+        warn_without_flash(wan.settings, wan.attention_backend)
         return [record.getMessage() for record in caplog.records if "16 s" in record.getMessage()]
 
     assert len(said()) == 1 and "PyTorch's own kernels" in said()[0]

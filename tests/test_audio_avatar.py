@@ -599,13 +599,13 @@ def test_two_processes_give_what_one_gives(tmp_path, speech):
 def keeping_latents():
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        decode = AvatarMaker.decode
+        frames = AvatarMaker.frames
 
-        def keep(self, latents, writer):
+        def keep(self, latents):
             kept.append(latents.clone())
-            decode(self, latents, writer)
+            return frames(self, latents)
 
-        patch.setattr(AvatarMaker, "decode", keep)
+        patch.setattr(AvatarMaker, "frames", keep)
         yield kept
 
 

@@ -47,7 +47,7 @@ def reference(tmp_path_factory):
 def gpu(monkeypatch):
     """A device with memory of its own: `gpu(memory, …)` has `auto` choose this placement."""
     monkeypatch.setattr(Wan, "has_own_memory", True)
-    monkeypatch.setattr("pipelines.wan.free_bytes", lambda device: (24 * GIB, 64 * GIB))
+    monkeypatch.setattr("pipelines.placement_choice.free_bytes", lambda device: (24 * GIB, 64 * GIB))
     chosen = []
 
     def choose(memory, *, fp8=False, tiled=False, keeps=True, text_on_device=True, past_on_device=True):
@@ -55,7 +55,7 @@ def gpu(monkeypatch):
             chosen.append(asked)
             return place(needs, memory, fp8, tiled, keeps, text_on_device, past_on_device)
 
-        monkeypatch.setattr("pipelines.wan.choose_mode", choice)
+        monkeypatch.setattr("pipelines.placement_choice.choose_mode", choice)
         return chosen
 
     return choose
@@ -235,7 +235,7 @@ def choices(gpu, monkeypatch):
             return replace(chosen, fits=fits or takes == fp8)
 
         gpu("group")
-        monkeypatch.setattr("pipelines.wan.choose_mode", choice)
+        monkeypatch.setattr("pipelines.placement_choice.choose_mode", choice)
 
     return free_for
 

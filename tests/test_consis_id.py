@@ -19,7 +19,9 @@ import infer
 from errors import InputError, ResourceError, UsageError, UserError, WeightsError
 from pipelines.consis_id.command import resolve_consis_id
 from pipelines.consis_id.face import EVA_FILE, RETINAFACE_FILE, FaceCondition
-from pipelines.consis_id.pipeline import ConsisID, ConsisIDMaker, decode_stream, load_vae, make_scheduler
+from pipelines.consis_id.model import ConsisID
+from pipelines.consis_id.pipeline import ConsisIDMaker, decode_stream
+from pipelines.consis_id.release import load_vae, make_scheduler
 from pipelines.distributed import Processes
 from pipelines.jobs import Job
 from pipelines.needs import size_of
@@ -375,7 +377,7 @@ def test_hopeless_sizes_are_refused_before_loading(releases, tmp_path, monkeypat
     config = {**json.loads((releases["1.0"] / "transformer/config.json").read_text()), "num_attention_heads": 64}
     settings, run_config = settings_and_config(releases, "--height", 16000, "--width", 16000, "--memory", "model")
     model = ConsisID(settings, run_config, Processes(0, 1, torch.device("cpu"), context_parallel=False))
-    monkeypatch.setattr("pipelines.consis_id.pipeline.read_json", lambda *_: config | {"LFE_output_dim": 682})
+    monkeypatch.setattr("pipelines.consis_id.model.read_json", lambda *_: config | {"LFE_output_dim": 682})
     monkeypatch.setattr(ConsisID, "weights", lambda self: [])  # they are not of that size
     with pytest.raises(ResourceError, match="--width 16000 --height 16000 .*--memory group, --tiled"):
         model.check()

@@ -253,7 +253,7 @@ def swap(output, video, *flags):
 
 def test_background_is_the_inputs_bit_for_bit_and_all_else_of_the_file_too(tmp_path, clip, written, monkeypatch):
     makers = []
-    monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
+    monkeypatch.setattr(face_swap.FaceSwapMaker, "make", recording(face_swap.FaceSwapMaker.make, makers))
     swap(tmp_path / "out.mp4", clip, KEEP)
     frames, original = written(), read_frames(clip)
     assert frames.shape == original.shape == (14, 150, 152, 3)
@@ -309,7 +309,7 @@ def test_shots_without_a_face_pass_and_flags_matter(tmp_path, clip, written):
 def test_the_models_face_is_put_into_the_inputs_picture(tmp_path, clip, written, monkeypatch):
     """By default: what --no_composite writes, put together by hand with the mask and the colours of the input."""
     makers = []
-    monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
+    monkeypatch.setattr(face_swap.FaceSwapMaker, "make", recording(face_swap.FaceSwapMaker.make, makers))
     write_video(tmp_path / "silent.mp4", [read_frames(clip)[:5]], fps=25)
     tone = "aevalsrc=if(gt(t\\,0.2)\\,0.5*sin(2764*t)\\,0):s=16000:d=0.4"  # sets in with the picture, 0.2 s late
     late = ["-itsoffset", "0.2", "-i", tmp_path / "silent.mp4", "-f", "lavfi", "-i", tone]
@@ -334,7 +334,7 @@ def test_the_models_face_is_put_into_the_inputs_picture(tmp_path, clip, written,
 def test_windows_never_span_a_cut(tmp_path, clip, written, monkeypatch):
     """What a shot becomes does not depend on what comes after the cut."""
     makers = []
-    monkeypatch.setattr(face_swap.FaceSwapMaker, "experts", recording(face_swap.FaceSwapMaker.experts, makers))
+    monkeypatch.setattr(face_swap.FaceSwapMaker, "make", recording(face_swap.FaceSwapMaker.make, makers))
     first, second = read_frames(clip)[:3], read_frames(clip)[8:10, :, ::-1]
     results = []
     for number, other in enumerate([second, second[..., ::-1] // 2]):

@@ -46,7 +46,7 @@ def consis_id(folder):
     (folder / "release").mkdir()
     release = ["--method", "consisid", "--base_path", write_release(folder / "release", "1.0"), "--num_frames", 9]
     small = ["--height", 64, "--width", 96, "--num_inference_steps", 2, "--face_detector", "scrfd"]
-    return infer, [*release, *small, *PHOTO], "consis_id.pipeline.ConsisID.prepare_face"
+    return infer, [*release, *small, *PHOTO], "consis_id.model.ConsisID.prepare_face"
 
 
 @pytest.mark.parametrize("method", [face_swap, lora, instant_id, consis_id], ids=lambda method: method.__name__)

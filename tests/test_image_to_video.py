@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import infer
 from configs import load_config
 from errors import UserError
+from pipelines import video
 from pipelines.text_to_video.command import picture_size
 from pipelines.text_to_video.from_pictures import video_size
 from preprocess.record import read_metadata
@@ -105,7 +106,6 @@ def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
     """One model makes videos from text, and from a picture that stays as it is."""
     from models.wan.transformer import WanTransformer
     from models.wan.vae import detect_vae_config, diffusers_names
-    from pipelines.text_to_video import pipeline as text_to_video
 
     golden = load_file(GOLDENS / "wan-vae22" / "weights.safetensors")
     vae = detect_vae_config({key: tuple(tensor.shape) for key, tensor in diffusers_names(golden).items()})
@@ -113,7 +113,7 @@ def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
     defaults = {k: v for k, v in CONFIG["defaults"].items() if k != "ip_image"}
     config = write_config(tmp_path / "ti2v.yaml", CONFIG, shape, vae=vae, defaults=defaults)
     finals, told = [], []
-    denoise, forward = text_to_video.denoise, WanTransformer.forward
+    denoise, forward = video.denoise, WanTransformer.forward
 
     def recorded(*args, **options):
         finals.append((options.get("pinned"), denoise(*args, **options)))
@@ -123,7 +123,7 @@ def test_ti2v_holds_the_first_frame(tmp_path, pictures, monkeypatch):
         told.append(timestep)
         return forward(model, hidden_states, timestep, *args, **options)
 
-    monkeypatch.setattr(text_to_video, "denoise", recorded)
+    monkeypatch.setattr(video, "denoise", recorded)
     monkeypatch.setattr(WanTransformer, "forward", heard)
     make(tmp_path / "picture.mp4", "--config", config, "--image", pictures / "a.png")
     pinned, latents = finals[0]

@@ -17,6 +17,7 @@ from pipelines.conditions import initial_noise
 from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.lora_command import resolve_lora_settings
+from pipelines.text_to_video import pipeline as text_to_video
 from pipelines.text_to_video.pipeline import VideoMaker, prepare_faces
 from pipelines.tiny import tiny_stand_in
 from pipelines.wan import Wan
@@ -56,8 +57,9 @@ def encoded_once():
 def denoised(monkeypatch) -> list[torch.Tensor]:
     """The clean latents of each video."""
     latents = []
-    run = VideoMaker.denoise
-    monkeypatch.setattr(VideoMaker, "denoise", lambda *args: latents.append(run(*args)) or latents[-1])
+    run = text_to_video.denoise_with_resume
+    keep = lambda *args, **options: latents.append(run(*args, **options)) or latents[-1]  # noqa: E731
+    monkeypatch.setattr(text_to_video, "denoise_with_resume", keep)
     return latents
 
 
@@ -76,7 +78,7 @@ def by_hand(lora: str, steps_with_lora: range) -> torch.Tensor:
     settings, _ = resolve_lora_settings(infer_with_lora.parse_args(arguments("x.mp4", "--lora_path", lora)))
     wan = Wan(settings, config, start_processes("cpu"))
     text = wan.encode_prompts([*settings.prompt, settings.negative_prompt])
-    references = VideoMaker(wan, text, prepare_faces(settings)).references
+    references = VideoMaker(wan, text, prepare_faces(settings)).identities.references
     plain, changed = tiny.transformer(), tiny.transformer()
     merge_loras(changed, [(read_lora(lora, changed), 1.0)])
     sigmas = get_schedule("euler", 4, settings.shift).sigmas.tolist()

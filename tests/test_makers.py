@@ -4,6 +4,8 @@ A tiny random model makes *some* video whatever it is given: that a sigma is one
 frames before it, that every window has the same noise, does not show in its frames. It does here.
 """
 
+import contextlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -27,15 +29,19 @@ from pipelines.audio_avatar.pipeline import AvatarMaker
 from pipelines.clip_plan import Chain, clips_for, plan_clips
 from pipelines.conditions import initial_noise
 from pipelines.denoise import NEGATIVE, POSITIVE, NonFiniteLatentsError, PinnedFrames, Step, denoise
+from pipelines.experts import guided_by_text, switch_experts, tea_caches
 from pipelines.face_swap import pipeline as face_swap
-from pipelines.face_swap.pipeline import FaceSwapMaker, Segment, SwapVideo, WindowedExpert, swap_schedule
+from pipelines.face_swap.pipeline import FaceSwapMaker, Segment, SwapVideo, WindowedExpert, plan_views, swap_schedule
 from pipelines.jobs import Job
 from pipelines.long_video import pipeline as long_video
-from pipelines.long_video.pipeline import LongVideoMaker
-from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.long_video.pipeline import LongVideoMaker, write_clip
+from pipelines.recovery import recover
+from pipelines.stand_in import Identities
+from pipelines.vace import control as vace_control
 from pipelines.vace import pipeline as vace
 from pipelines.vace.context import noise_with_references, with_known_frames
-from pipelines.vace.pipeline import VaceMaker, WindowWriter, read_control
+from pipelines.vace.control import read_control
+from pipelines.vace.pipeline import VaceMaker, write_window
 from pipelines.windows import Window
 from preprocess.face import choose_face
 from preprocess.face_detection import Face
@@ -119,20 +125,18 @@ def test_an_avatars_preview_is_the_clean_frame_whatever_the_step():
 
 def test_each_expert_has_its_own_guidance_scale():
     for scales, wanted in (((4.0, 3.0), [4.0, 3.0]), ((2.0,), [2.0, 2.0])):
-        settings = SimpleNamespace(guidance_scale=scales, negative_prompt="", step_cache="none")
-        wan = SimpleNamespace(device="cpu", memory="resident", plugins=list)
-        maker = maker_of(VideoMaker, settings=settings, wan=wan, text={"": random(2, 4)}, references=[])
-        maker.image_features = None
-        experts = [maker.expert(Job("", 0, None), index, tiny.transformer()) for index in (0, 1)]
+        settings = SimpleNamespace(guidance_scale=scales, step_cache="none")
+        wan = SimpleNamespace(settings=settings, device="cpu", memory="resident", plugins=list)
+        schedule, text = get_schedule("euler", 4, 3.0), random(2, 4)
+        experts = [guided_by_text(wan, schedule, number, tiny.transformer(), text, text) for number in (0, 1)]
         answers = {POSITIVE: torch.ones(1), NEGATIVE: torch.zeros(1)}
         assert [expert.guidance(answers.__getitem__).item() for expert in experts] == wanted
 
 
 def test_every_guidance_branch_has_a_step_cache_of_its_own():
     settings = SimpleNamespace(step_cache="teacache", step_cache_threshold=0.1)
-    wan = SimpleNamespace(config={"variant": "t2v-1.3B"})
-    maker = maker_of(VideoMaker, settings=settings, wan=wan, schedule=get_schedule("euler", 4, 3.0))
-    caches = maker.tea_caches()
+    wan = SimpleNamespace(config={"variant": "t2v-1.3B"}, settings=settings)
+    caches = tea_caches(wan, get_schedule("euler", 4, 3.0))
     assert set(caches) == {POSITIVE, NEGATIVE}
     assert caches[POSITIVE] is not caches[NEGATIVE]
 
@@ -150,31 +154,66 @@ def test_identities_of_the_failed_attempt_are_forgotten(error):
         use_attention_backend=lambda name: None,
         use_memory_mode=lambda mode: None,
     )
-    maker = maker_of(VideoMaker, wan=wan, _identities={0: "keys and values"})
-    maker.mend(error)
-    assert maker._identities == {}
+    identities = Identities(wan, [])
+    identities._computed[0] = "keys and values"
+    recover(wan, error, identities)
+    assert identities._computed == {}
 
 
 def test_where_live_loras_set_in_identities_are_computed_anew(monkeypatch):
     """They are keys and values of the weights as they were."""
-    built = []
-    wan = SimpleNamespace(
-        config={}, with_loras=lambda step, steps: step >= 2, transformer=lambda index, with_loras: transformer
-    )
     transformer = SimpleNamespace(is_cache_enabled=False)
-    settings = SimpleNamespace(step_cache="none")
-    maker = maker_of(VideoMaker, wan=wan, settings=settings, schedule=get_schedule("euler", 4, 3.0))
-    maker._identities, maker._with_loras = {0: "of other weights"}, False
+    wan = SimpleNamespace(
+        config={},
+        settings=SimpleNamespace(step_cache="none"),
+        loras=SimpleNamespace(work_at=lambda step, steps: step >= 2),
+        num_experts=1,
+        loras_are_on=True,
+    )
 
-    def expert(self, job, index, transformer):
-        built.append(dict(self._identities))
-        self._identities[index] = "of these weights"
+    def load(number: int, with_loras: bool):
+        wan.loras_are_on = with_loras
+        return transformer
 
-    monkeypatch.setattr(VideoMaker, "expert", expert)
-    expert_at = maker.experts(Job("", 0, None))
-    for step in range(4):
-        expert_at(step)
-    assert built == [{0: "of other weights"}, {}]
+    wan.transformer = load
+    computed = []
+    monkeypatch.setattr(Identities, "_compute", lambda self, *args: computed.append(wan.loras_are_on) or Always())
+    identities = Identities(wan, [])
+    identities.references = ["a photo"]
+    schedule = get_schedule("euler", 4, 3.0)
+    seen = []
+    for _ in range(2):  # videos
+        expert_at = switch_experts(wan, schedule, identities.of)
+        seen += [expert_at(step)(step, 4)[0] for step in range(4)]
+    assert computed == [False, True, False, True], (
+        "what was computed with other weights was kept, or made at every step"
+    )
+    assert len({id(identity) for identity in seen}) == 4
+    assert [a is b for a, b in itertools.pairwise(seen)] == [True, False, True, False, True, False, True]
+
+
+class Always:
+    """An identity that takes part at every step."""
+
+    def active(self, step: int, num_steps: int) -> bool:
+        return True
+
+
+def test_identities_are_kept_for_the_next_video(monkeypatch):
+    wan = SimpleNamespace(num_experts=2, memory="resident", loras_are_on=True)
+    computed = []
+    monkeypatch.setattr(Identities, "_compute", lambda self, *args: computed.append(args[0]) or Always())
+    identities = Identities(wan, [])
+    identities.references = ["a photo"]
+    for _ in range(2):
+        for expert in (0, 1):
+            identities.of(expert, None)
+    assert computed == [0, 1]
+    wan.memory = "model"  # 800 MiB a photo: those of one expert at a time
+    identities.clear()
+    for expert in (0, 1, 0):
+        identities.of(expert, None)
+    assert computed == [0, 1, 0, 1, 0]
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -212,30 +251,63 @@ def test_the_largest_face_is_chosen_wherever_it_is(place):
 # ------------------------------------------------------------------------------------------------------ face swap
 
 
-def test_the_background_is_put_back_at_the_noise_of_the_next_step():
-    clean, noise, sample = (random(1, 4, 2, 4, 4, seed=seed) for seed in range(3))
-    mask = torch.zeros(1, 1, 2, 4, 4)
-    mask[..., 2:] = 1
-    schedule = get_schedule("euler", 4, 3.0, strength=0.7)
-    settings = SimpleNamespace(force_background_consistency=True)
-    maker = maker_of(FaceSwapMaker, settings=settings, schedule=schedule, clean=clean, noise=noise, face_mask=mask)
+def steps_of(monkeypatch, room, maker, seed=0) -> SimpleNamespace:
+    """What a maker gives to the denoise loop: its noise and its options."""
+    given = []
+    monkeypatch.setattr(type(maker), "metadata", lambda self, job: {})
+    monkeypatch.setattr(room, "progress", lambda *args: {})
+    monkeypatch.setattr(room, "open_video", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(
+        room,
+        "denoise_with_resume",
+        lambda wan, noise, *args, **options: given.append(SimpleNamespace(noise=noise, **options)) or noise,
+    )
+    maker.make(Job("", seed, Path("out.mp4")))
+    return given[0]
+
+
+def swap_maker(**settings):
+    settings = SimpleNamespace(negative_prompt="", **settings)
+    wan = SimpleNamespace(
+        device="cpu",
+        noise_device=torch.device("cpu"),
+        transformer_config=SimpleNamespace(vae_spatial_factor=8),
+        release_transformers=lambda: None,
+        processes=SimpleNamespace(rank=0),
+    )
+    schedule, clean = get_schedule("euler", 4, 3.0, strength=0.7), random(1, 16, 2, 4, 4)
+    parts = {
+        "wan": wan,
+        "settings": settings,
+        "bars": ProgressBars(shown=False),
+        "text": {"": None},
+        "audio_path": None,
+        "audio_start": 0,
+    }
+    return maker_of(FaceSwapMaker, **parts, schedule=schedule, clean=clean, identities=None, windows=[slice(0, 2)])
+
+
+def test_the_background_is_put_back_at_the_noise_of_the_next_step(monkeypatch):
+    maker = swap_maker(force_background_consistency=True)
+    maker.face_mask = torch.zeros(1, 1, 2, 4, 4)
+    maker.face_mask[..., 2:] = 1
+    after_step = steps_of(monkeypatch, face_swap, maker, seed=5).after_step
+    noise, sample = initial_noise((16, 5, 32, 32), 5), random(1, 16, 2, 4, 4, seed=2)
     for step in range(4):
-        kept = maker.after_step(step, sample)
+        kept = after_step(step, sample)
         assert torch.equal(kept[..., 2:], sample[..., 2:])
-        expected = add_noise(clean, noise, schedule.sigmas[step + 1].item())
+        expected = add_noise(maker.clean, noise, maker.schedule.sigmas[step + 1].item())
         torch.testing.assert_close(kept[..., :2], expected[..., :2])
-    assert torch.equal(kept[..., :2], clean[..., :2]), "at the end the background is the input's"
+    assert torch.equal(kept[..., :2], maker.clean[..., :2]), "at the end the background is the input's"
+    assert steps_of(monkeypatch, face_swap, swap_maker(force_background_consistency=False)).after_step is None
 
 
-def test_every_seed_noises_the_pasted_video_differently():
-    clean = random(1, 16, 2, 4, 4)
-    schedule = get_schedule("euler", 4, 3.0, strength=0.7)
-    maker = maker_of(FaceSwapMaker, clean=clean, cell=8, schedule=schedule, wan=SimpleNamespace(device="cpu"))
+def test_every_seed_noises_the_pasted_video_differently(monkeypatch):
     for seed in (3, 4):
-        start = maker.start(Job("", seed, None))
+        maker = swap_maker(force_background_consistency=False)
+        start = steps_of(monkeypatch, face_swap, maker, seed).noise
         noise = initial_noise((16, 5, 32, 32), seed)
-        torch.testing.assert_close(start, add_noise(clean, noise, schedule.sigmas[0].item()))
-        assert torch.equal(maker.noise, noise), "the background is noised with the same"
+        torch.testing.assert_close(start, add_noise(maker.clean, noise, maker.schedule.sigmas[0].item()))
 
 
 def test_velocities_of_overlapping_windows_are_cross_faded():
@@ -253,27 +325,11 @@ def test_velocities_of_overlapping_windows_are_cross_faded():
     torch.testing.assert_close(mixed.flatten(), torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1]))
 
 
-def test_windows_of_a_long_stretch_share_a_quarter_of_their_frames(monkeypatch):
-    """Seen where the maker plans them."""
-    planned = []
-    monkeypatch.setattr(
-        face_swap, "plan_windows", lambda *args, **options: planned.append((*args, options)) or [Window(0, 1)]
-    )
-    parts = {"bars": ProgressBars(shown=False)}
-    monkeypatch.setattr(
-        VideoMaker, "__init__", lambda self, wan, *args: vars(self).update(parts, wan=wan, settings=settings)
-    )
-    settings = SimpleNamespace(num_frames=81, step_cache="none", input_video=__file__)
-    video = SimpleNamespace(face=SimpleNamespace(rgb=None), segments=[Segment(0, 197, 0)])
-
-    def no_vae():
-        raise KeyboardInterrupt
-
-    wan = SimpleNamespace(transformer_config=SimpleNamespace(vae_spatial_factor=8), vae=no_vae)
-    monkeypatch.setattr(face_swap, "swap_schedule", lambda settings: None)
-    with pytest.raises(KeyboardInterrupt):
-        FaceSwapMaker(wan, {}, video, SimpleNamespace(has_audio=False, start=0.0))
-    assert planned == [(50, 21, 6, {"start": 0})]
+def test_windows_of_a_long_stretch_share_a_quarter_of_their_frames():
+    """81 frames are 21 latent frames, of which six are shared; 197 frames are 50."""
+    assert plan_views([Segment(0, 197, 0)], 21) == [slice(0, 21), slice(15, 36), slice(29, 50)]
+    assert plan_views([Segment(0, 5, 0), Segment(9, 14, 2)], 21) == [slice(0, 2), slice(2, 4)]
+    assert plan_views([Segment(0, 9, 0)], 1) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_a_latent_frames_mask_holds_the_face_of_all_its_frames(monkeypatch):
@@ -322,32 +378,32 @@ def test_the_last_frames_are_those_last_written_in_whatever_pieces():
     frames = numpy.arange(9, dtype=numpy.uint8)[:, None, None, None].repeat(3, axis=3)
     known = None
     for first, count in ((0, 5), (4, 7), (6, 0)):
-        made = WindowWriter(writer, known, count)
         decoded = frames + first
         if known is not None:
             decoded[: len(known)] += 100
-        for piece in numpy.split(decoded, [1, 5]):  # as they are decoded: 1, 4, 4
-            made.write(piece)
-        known = made.last
+        pieces = iter(numpy.split(decoded, [1, 5]))  # as they are decoded: 1, 4, 4
+        known = write_window(writer, pieces, known, count, ProgressBars(shown=False).work("", None, ""))
         assert known.flatten()[::3].tolist() == list(range(first + 9 - count, first + 9))
     assert numpy.concatenate(written)[:, 0, 0, 0].tolist() == list(range(15))
 
 
-def test_each_window_has_noise_of_its_own(monkeypatch):
-    settings = SimpleNamespace(height=32, width=32, fps=16, quality=5)
-    wan = SimpleNamespace(device="cpu", transformer_config=SimpleNamespace(out_dim=16))
+def test_each_window_has_noise_of_its_own(monkeypatch, tmp_path):
+    settings = SimpleNamespace(height=32, width=32, negative_prompt="", stand_in_photos=())
+    wan = SimpleNamespace(device="cpu", noise_device=torch.device("cpu"), settings=settings)
+    wan.transformer_config = SimpleNamespace(out_dim=16)
     wan.release_transformers = lambda: None
-    wan.processes = SimpleNamespace(writes=False, share=lambda value: value)
+    wan.processes = SimpleNamespace(writes=False, share=lambda value: (0, None) if value is None else value)
     windows = [Window(0, 9, 0), Window(4, 13, 5)]
-    maker = maker_of(VaceMaker, settings=settings, wan=wan, windows=windows, pictures=[1], references=[])
+    parts = {"pictures": [1], "text": {"": None}, "control": None}
+    maker = maker_of(VaceMaker, settings=settings, wan=wan, windows=windows, **parts)
     maker.bars, maker.schedule, noises = ProgressBars(shown=False), get_schedule("euler", 2, 3.0), []
+    maker.identities = SimpleNamespace(references=[])
     monkeypatch.setattr(VaceMaker, "metadata", lambda *args: {})
-    monkeypatch.setattr(VaceMaker, "progress", lambda *args: {})
-    monkeypatch.setattr(VaceMaker, "denoise", lambda self, job, state: noises.append(self.start(job)))
-    monkeypatch.setattr(vace, "VideoWriter", lambda *args, **options: None)
-    wan.processes.wait = lambda: None
-    wan.processes.share = lambda value: (0, None) if value is None else value
-    maker.make(Job("", 7, Path("out.mp4")))
+    monkeypatch.setattr(vace, "encode_control", lambda *args: None)
+    monkeypatch.setattr(vace, "progress", lambda *args: {})
+    monkeypatch.setattr(vace, "open_video", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(vace, "denoise_with_resume", lambda wan, noise, *args, **options: noises.append(noise) or noise)
+    maker.make(Job("", 7, tmp_path / "out.mp4"))
     for number, noise in enumerate(noises):
         expected = noise_with_references((16, 9, 32, 32), 7 + number, 1, last_first=False)
         assert torch.equal(noise, expected)
@@ -358,9 +414,9 @@ def test_a_spread_control_takes_its_mask_along(monkeypatch):
     """Frame i of the result has the mask of the control frame that it shows."""
     levels = (20 * numpy.arange(9, dtype=numpy.uint8))[:, None, None]
     frames = (levels + numpy.zeros((16, 16), numpy.uint8))[..., None].repeat(3, axis=3)
-    monkeypatch.setattr(vace, "probe", lambda path: SimpleNamespace(num_frames=9, fps=8.0))
-    monkeypatch.setattr(vace, "stream_frames", lambda path: iter(frames))
-    monkeypatch.setattr(vace, "read_mask", lambda path, count: frames[..., 0])
+    monkeypatch.setattr(vace_control, "probe", lambda path: SimpleNamespace(num_frames=9, fps=8.0))
+    monkeypatch.setattr(vace_control, "stream_frames", lambda path: iter(frames))
+    monkeypatch.setattr(vace_control, "read_mask", lambda path, count: frames[..., 0])
     settings = SimpleNamespace(
         reference_image=(),
         reference_video="v",
@@ -413,9 +469,8 @@ def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_cli
     settings = SimpleNamespace(num_frames=9)
     maker = maker_of(LongVideoMaker, variant=variant, settings=settings, wan=wan, reference="photo", end="end")
     maker.bars = ProgressBars(shown=False)
-    clip = plan_clips(Chain(9, 5, 5, "earlier"), ["p"] * 2)[1]
     for is_last in (False, True):
-        maker.prepare_condition(clip, handed, is_last)
+        maker.condition_of(handed, is_last)
     assert [(reference, end) for _, reference, end in given] == [(None, None), (None, "end")]
     assert all(torch.equal(frames, handed) for frames, *_ in given)
     assert all(torch.equal(picture, handed[:, :, 0]) for picture, _ in looked_at), "CLIP sees the first of them"
@@ -424,17 +479,14 @@ def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_cli
 
 def test_a_clip_keeps_its_own_frames_and_hands_its_last_ones_on():
     pieces = torch.arange(9.0)[None, None, :, None, None].expand(1, 3, 9, 2, 2).split([1, 4, 4], dim=2)
-    vae = SimpleNamespace(decode_stream=lambda latents, **options: iter(pieces))
-    maker = maker_of(
-        LongVideoMaker,
-        settings=SimpleNamespace(tiled=False),
-        wan=SimpleNamespace(memory="resident"),
-        variant=SimpleNamespace(motion_frames=5),
-        clip=SimpleNamespace(kept=range(2, 6)),
-    )
-    kept = torch.cat(list(maker.frames(vae, torch.zeros(1))), dim=2)
-    assert kept[0, 0, :, 0, 0].tolist() == [2, 3, 4, 5]
-    assert maker._last[0, 0, :, 0, 0].tolist() == [4, 5, 6, 7, 8]
+    written = []
+    video = SimpleNamespace(path=None, write=written.append)
+    bar = ProgressBars(shown=False).work("", None, "")
+    last = write_clip(video, (piece / 10 for piece in pieces), range(2, 6), 5, bar)
+    # As they are written; what is handed on is not rounded to 8 bits.
+    expected = [round((frame / 10 + 1) * 127.5) for frame in (2, 3, 4, 5)]
+    assert numpy.concatenate(written)[:, 0, 0, 0].tolist() == expected
+    torch.testing.assert_close(last[0, 0, :, 0, 0], torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8]))
 
 
 def test_an_avatars_noise_is_its_seeds():

@@ -11,10 +11,9 @@ import infer
 import infer_audio_avatar
 import infer_with_vace
 from errors import UsageError
-from models.wan.schedulers import get_schedule
 from pipelines.audio_avatar.pipeline import AvatarMaker, upstream_noise
 from pipelines.conditions import initial_noise
-from pipelines.face_swap.pipeline import FaceSwapMaker
+from pipelines.face_swap.pipeline import noise_like
 from pipelines.vace.context import noise_with_references
 from preprocess.audio import AudioTimeline
 from preprocess.record import read_metadata
@@ -61,7 +60,7 @@ def test_upstream_draws_the_frames_that_it_makes(monkeypatch):
     monkeypatch.setattr("pipelines.audio_avatar.pipeline.upstream_noise", lambda *args: shapes.append(args))
     maker = AvatarMaker.__new__(AvatarMaker)
     maker.timeline, maker.num_latents, maker.grid = AudioTimeline(round(2.24 * 16000), 25), 15, (2, 2)
-    maker.wan = SimpleNamespace(transformer_config=SimpleNamespace(out_dim=16))
+    maker.wan = SimpleNamespace(transformer_config=SimpleNamespace(out_dim=16), noise_device=torch.device("cpu"))
     assert maker.timeline.num_latent_frames == 15
     maker.upstream_noise(SimpleNamespace(seed=3))
     assert shapes == [((16, 15, 2, 2), 14, 3, torch.device("cpu"))]
@@ -101,10 +100,7 @@ def test_every_script_draws_where_it_is_told(tmp_path, monkeypatch, script, flag
 def test_face_swap_draws_there_too(monkeypatch):
     monkeypatch.setattr("pipelines.face_swap.pipeline.initial_noise", lambda *args: devices.append(args[-1]) or noise)
     devices, noise = [], torch.zeros(1, 16, 2, 4, 4)
-    maker = FaceSwapMaker.__new__(FaceSwapMaker)
-    maker.clean, maker.cell, maker.schedule = noise, 8, get_schedule("euler", 4, 3.0, strength=0.7)
-    maker.wan, maker.noise_device = SimpleNamespace(device="cpu"), "the GPU"
-    maker.start(SimpleNamespace(seed=0))
+    assert noise_like(noise, 0, 8, "the GPU") is noise
     assert devices == ["the GPU"]
 
 

@@ -76,7 +76,7 @@ def poses_given(settings: LongVideoSettings, config: dict, monkeypatch) -> list[
     monkeypatch.setattr(dance, "read_poses", lambda path, *rest: given.append(rest[0]) or read_poses(path, *rest))
     opened = dance.open_poses(wan)
     for clip in settings.clips(seed=0):
-        dance.embed_poses(wan, opened, clip)
+        dance.pose_plugins(wan, opened, clip)
     return given
 
 

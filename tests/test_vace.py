@@ -27,16 +27,16 @@ from pipelines.distributed import start_processes
 from pipelines.job_state import JobState
 from pipelines.needs import MODES
 from pipelines.tiny import fill_from_seed, tiny_stand_in_tensors, tiny_transformer, tiny_vace
+from pipelines.vace import pipeline as vace_pipeline
 from pipelines.vace.command import resolve_vace_settings, size_within, spread_frames
 from pipelines.vace.context import fit_reference, fold_mask, noise_with_references, vace_context
 from pipelines.vace.masks import read_mask
 from pipelines.vace.part import vace_part
-from pipelines.vace.pipeline import VaceMaker
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
 from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
-from preprocess.video_writer import write_video
+from preprocess.video_writer import frames_to_uint8, write_video
 from tests import tiny
 from tests.test_infer import fail_once, write_release
 from tests.tiny import CONFIG, GRID, TIMESTEP
@@ -576,21 +576,19 @@ def test_long_control_is_made_in_windows_and_goes_on_after_an_interruption(tmp_p
     control = write_clip(tmp_path / "long.mp4", frames=18)
     flags = ("--config", plain, "--reference_video", control, "--window_frames", 9, "--window_overlap", 5)
     encoded, decoded = [], []
-    encode, decode = VaceMaker.encode, VaceMaker.decode
+    encode, decode = vace_pipeline.encode_control, vace_pipeline.decode
 
-    def recorded_encode(self, window, known):
+    def recorded_encode(wan, bars, control, window, known, pictures):
         encoded.append((window.start, known))
-        return encode(self, window, known)
+        return encode(wan, bars, control, window, known, pictures)
 
-    def recorded_decode(self, latents, writer):
-        write = writer.write
-        frames = []
-        writer.write = lambda piece: (frames.append(piece), write(piece))
-        decode(self, latents, writer)
-        decoded.append(numpy.concatenate(frames))
+    def recorded_decode(wan, latents):
+        pieces = list(decode(wan, latents))
+        decoded.append(numpy.concatenate([frames_to_uint8(piece) for piece in pieces]))
+        return pieces
 
-    monkeypatch.setattr(VaceMaker, "encode", recorded_encode)
-    monkeypatch.setattr(VaceMaker, "decode", recorded_decode)
+    monkeypatch.setattr(vace_pipeline, "encode_control", recorded_encode)
+    monkeypatch.setattr(vace_pipeline, "decode", recorded_decode)
     whole = make(tmp_path / "whole.mp4", *flags)
     assert whole.shape == (17, 64, 96, 3)
     assert read_metadata(tmp_path / "whole.mp4")["windows"] == 3

@@ -20,7 +20,7 @@ from errors import UserError, WeightsError
 from models.wan import checkpoint
 from models.wan.text_encoder import load_tokenizer
 from pipelines.consis_id.command import resolve_consis_id
-from pipelines.consis_id.pipeline import ConsisID
+from pipelines.consis_id.model import ConsisID
 from pipelines.distributed import start_processes
 from pipelines.instant_id import pipeline as instant_id
 from pipelines.instant_id.command import resolve_instant_id

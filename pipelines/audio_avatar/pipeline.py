@@ -1,4 +1,4 @@
-"""A talking video of any length from a photo and a sound (StableAvatar): the model, and the maker of videos by windows.
+"""A talking video of any length from a photo and a sound (StableAvatar), by windows.
 
 Source: StableAvatar (arXiv 2508.08248), `wan_inference_long_pipeline.py`.
 """
@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy
 import psutil
 import torch
-from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from errors import ResourceError, WeightsError
-from models.wan.schedulers import make_solver
+from models.wan.schedulers import get_schedule, make_solver
 from models.wan.tea_cache import COEFFICIENTS, TeaCache
-from models.wan.transformer import Prompt
 from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.part import encode_sounds
 from pipelines.audio_avatar.settings import AvatarSettings
@@ -26,17 +24,19 @@ from pipelines.audio_avatar.state import AvatarState
 from pipelines.audio_avatar.windows import fuse, latent_length, sound_of
 from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
+from pipelines.experts import begin_step_cache, end_step_cache, prompt_of
 from pipelines.guidance import audio_native, branch_plugins, branch_prompts, three_branch
 from pipelines.jobs import Job
 from pipelines.memory import stage
-from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.recovery import recover
+from pipelines.video import decode, describe, open_video, preview, progress, ran_with, write_frames
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
 from preprocess.audio import SAMPLE_RATE, AudioTimeline
 from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
 from preprocess.image import read_image
 from preprocess.output import readable_bytes
-from preprocess.progress_bars import StepBar
+from preprocess.progress_bars import ProgressBars, StepBar
 
 logger = logging.getLogger("selfsame")
 
@@ -67,11 +67,12 @@ def read_reference(settings: AvatarSettings) -> numpy.ndarray:
     return cover_resize(photo, settings.width, settings.height)
 
 
-class AvatarMaker(VideoMaker):
+class AvatarMaker:
     """Makes jobs from one photo and one sound, each prompt and seed its own video.
 
     Args:
-        wan, text: as for `VideoMaker`.
+        wan: the model.
+        text: prompt -> states, of every prompt and the negative prompt.
         reference: from `read_reference`.
         samples: the sound, (N,) float32 at 16 kHz.
         folder: of the output, for what is too large for the memory.
@@ -85,9 +86,11 @@ class AvatarMaker(VideoMaker):
         samples: numpy.ndarray,
         folder: Path = Path(),
     ):
-        super().__init__(wan, text, faces=())
+        self.wan, self.text, self.settings = wan, text, wan.settings
+        self.bars = ProgressBars(shown=wan.processes.rank == 0)
         settings = self.settings
-        self.audio_path = settings.audio
+        steps, shift = settings.num_inference_steps, settings.shift
+        self.schedule = get_schedule(settings.solver, steps, shift, timesteps=settings.timesteps)
         self.timeline = AudioTimeline(len(samples), settings.fps)
         self.num_latents = latent_length(self.timeline.num_latent_frames, settings.window)
         self.windows = plan_windows(
@@ -133,9 +136,20 @@ class AvatarMaker(VideoMaker):
 
     # ------------------------------------------------------------------------------------------------ one video
 
-    def open_state(self, job: Job, metadata: dict) -> AvatarState:
-        shape = (self.num_latents, self.wan.transformer_config.out_dim, *self.grid)
-        return AvatarState(job.output, self.progress(metadata), shape, self.wan.processes)
+    def make(self, job: Job) -> Path:
+        """Denoise all windows step by step, decode into the file, and remove the saved progress."""
+        wan = self.wan
+        record = self.metadata(job)
+        shape = (self.num_latents, wan.transformer_config.out_dim, *self.grid)
+        state = AvatarState(job.output, progress(wan, self.schedule, record), shape, wan.processes)
+        with open_video(wan, job.output, record, audio_path=self.settings.audio) as video:
+            latents = self.denoise(job, state)  # (F, C, h, w)
+            wan.release_transformers()
+            if video is not None:
+                video.describe(record | ran_with(wan))
+                write_frames(video, self.frames(latents), self.bars.work("decoding", self.timeline.num_frames, "frame"))
+        state.remove()
+        return job.output
 
     def noise(self, job: Job) -> Iterator[Tensor]:
         """Latent frame by latent frame, so that no length is too long, and a longer sound begins with the same."""
@@ -147,40 +161,40 @@ class AvatarMaker(VideoMaker):
         """As StableAvatar's own code draws it: on its device and all at once."""
         shape = (self.wan.transformer_config.out_dim, self.num_latents, *self.grid)
         drawn = AudioTimeline(self.timeline.num_samples, self.timeline.fps, legacy=True).num_latent_frames
-        return upstream_noise(shape, drawn, job.seed, self.noise_device)
+        return upstream_noise(shape, drawn, job.seed, self.wan.noise_device)
 
     def denoise(self, job: Job, state: AvatarState) -> Tensor:
         """Clean latents (F, C, h, w), on the disk; from where an interrupted run stopped."""
         keeps_state = self.settings.step_cache == "none"  # what a step cache remembers is too large to save
         steps = self.schedule.num_steps
         self.bars.plan(steps * len(self.windows))
-        progress = self.bars.steps(job.output.name, unit="window")
+        bar = self.bars.steps(job.output.name, unit="window")
         while True:
-            noise = self.noise(job) if self.noise_device.type == "cpu" else self.upstream_noise(job)
+            noise = self.noise(job) if self.wan.noise_device.type == "cpu" else self.upstream_noise(job)
             first = state.open(noise, keeps_state)
-            progress.start_at(first * len(self.windows))
+            bar.start_at(first * len(self.windows))
             if first > 0:
                 logger.info("%s: going on after step %d of %d", job.output, first, steps)
             try:
-                with progress:
-                    self.run_steps(job, state, first, progress)
+                with bar:
+                    self.run_steps(job, state, first, bar)
                 return state.latents
             except RuntimeError as error:
                 if self.wan.processes.by_windows and isinstance(error, NonFiniteLatentsError):
                     raise WeightsError(f"{error}; try --attention_backend native or --dtype fp32") from error
-                self.mend(error)
+                recover(self.wan, error)
 
-    def run_steps(self, job: Job, state: AvatarState, first: int, progress: StepBar) -> None:
+    def run_steps(self, job: Job, state: AvatarState, first: int, bar: StepBar) -> None:
         """A function of its own, so that a step that fails leaves nothing that holds the model."""
         steps = self.schedule.num_steps
-        ranges = itertools.groupby(range(first, steps), key=lambda step: self.wan.with_loras(step, steps))
+        ranges = itertools.groupby(range(first, steps), key=lambda step: self.wan.loras.work_at(step, steps))
         for with_loras, in_range in ranges:
             velocity = self.velocity(job, with_loras)
             for step in in_range:
-                self.step(job, state, step, velocity, progress)
+                self.step(job, state, step, velocity, bar)
 
     @torch.no_grad()
-    def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, progress: StepBar) -> None:
+    def step(self, job: Job, state: AvatarState, step: int, velocity: Callable, bar: StepBar) -> None:
         """One denoising step of the whole video: windows by themselves, then together.
 
         All start from the same latents, so their order does not matter: processes share them out, and what an
@@ -190,7 +204,7 @@ class AvatarMaker(VideoMaker):
         finished = state.finished_windows(step, len(windows))
         todo = [number for number in range(len(windows)) if number not in finished]
         owners = {number: i % processes.count if processes.by_windows else 0 for i, number in enumerate(todo)}
-        progress.start_at(step * len(windows) + len(finished))
+        bar.start_at(step * len(windows) + len(finished))
 
         for number in todo:
             mine = owners[number] == processes.rank
@@ -205,7 +219,7 @@ class AvatarMaker(VideoMaker):
                 sample = solver.step(guided, step, sample)
                 if mine:
                     state.save_window(step, number, sample)
-                progress.advance()
+                bar.advance()
 
         def results() -> Iterator[Tensor]:
             for number, window in enumerate(windows):
@@ -219,9 +233,9 @@ class AvatarMaker(VideoMaker):
         before = state.latents
         fuse(clip_of(state.begin(step)), windows, results(), self.settings.overlapping_weight_scheme, blend=step > 0)
         state.commit()
-        progress.advance_to((step + 1) * len(windows))
+        bar.advance_to((step + 1) * len(windows))
         if self.settings.preview and processes.writes:
-            self.preview(job, self.guess(step, before, state.latents))
+            preview(self.wan, job.output, self.guess(step, before, state.latents))
 
     def guess(self, step: int, before: Tensor, after: Tensor) -> Step:
         """The clean middle frame as one step sees it: on the line through what it started from and what it made."""
@@ -230,13 +244,11 @@ class AvatarMaker(VideoMaker):
         x, y = (clip_of(latents[middle : middle + 1]) for latents in (before, after))
         return Step(step, y, x + (y - x) * sigma / (sigma - following), {})
 
-    def num_decoded(self, latents: Tensor) -> int:
-        return self.timeline.num_frames
-
-    def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """Latents (F, C, h, w) to frames as long as the sound, in pieces (1, 3, f, H, W), in the photo's colours."""
         shown = (clip_of(latents[i : i + 1]) for i in range(self.timeline.num_latent_frames))
         left = self.timeline.num_frames
-        for frames in super().frames(vae, shown):  # (1, 3, f, H, W)
+        for frames in decode(self.wan, shown):  # (1, 3, f, H, W)
             frames = frames[:, :, :left]
             left -= frames.shape[2]
             if frames.shape[2]:
@@ -249,14 +261,10 @@ class AvatarMaker(VideoMaker):
         wan, settings, device = self.wan, self.settings, self.wan.device
         transformer = wan.transformer(0, with_loras)
         adapter = wan.part("audio_adapter")
-        if transformer.is_cache_enabled:  # of the video before
-            transformer.disable_cache()
-        if settings.step_cache == "first_block":
-            transformer.enable_cache(FirstBlockCacheConfig(threshold=settings.step_cache_threshold))
-        image = None if self.image_features is None else self.image_features.to(device)
+        end_step_cache(transformer)  # of the video before
+        begin_step_cache(transformer, settings)
         positive, negative = (
-            Prompt([self.text[prompt].to(device)], image, keep_keys_values=self.keeps_keys)
-            for prompt in (job.prompt, settings.negative_prompt)
+            prompt_of(wan, self.text[prompt], self.image_features) for prompt in (job.prompt, settings.negative_prompt)
         )
         prompts = branch_prompts(positive, negative)
         guidance, plugins = self.guidance(), wan.plugins()
@@ -303,7 +311,8 @@ class AvatarMaker(VideoMaker):
         }
 
     def metadata(self, job: Job) -> dict:
-        made_of = super().metadata(job)
+        """The video's record, before it is made."""
+        made_of = describe(self.wan, self.schedule, job)
         del made_of["faces"]
         seconds = round(self.timeline.num_samples / SAMPLE_RATE, 3)
         return made_of | self.hashes | {"seconds": seconds, "windows": len(self.windows)}

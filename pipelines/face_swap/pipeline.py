@@ -14,7 +14,7 @@ numbers (`sampled_mask`, `keep_background`); what the pipeline does by default i
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,17 @@ from torch import Tensor
 
 from errors import InputError, UsageError
 from models.wan.schedulers import Schedule, add_noise, get_schedule
+from models.wan.transformer import WanTransformer
 from models.wan.vae import Tiling
 from pipelines.conditions import initial_noise, latent_frames
 from pipelines.denoise import Expert
+from pipelines.experts import guided_by_text
 from pipelines.face_swap.settings import FaceSwapSettings
+from pipelines.job_state import JobState
 from pipelines.jobs import Job
-from pipelines.text_to_video.pipeline import VideoMaker, cut_face
+from pipelines.stand_in import Identities
+from pipelines.text_to_video.pipeline import cut_face
+from pipelines.video import decode, denoise_with_resume, describe, open_video, progress, ran_with, write_frames
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
 from preprocess.face import BiSeNetParser, FaceImage, load_parser
@@ -256,30 +261,45 @@ def open_swap_video(settings: FaceSwapSettings, info: VideoInfo, multiple: int, 
     return SwapVideo(frames, faces, cuts, face, source_keypoints(face.rgba, detector), parser, multiple)
 
 
-class FaceSwapMaker(VideoMaker):
+def encode_pasted(wan: Wan, video: SwapVideo, bars: ProgressBars) -> tuple[Tensor, list[numpy.ndarray]]:
+    """The video with the face pasted: clean latents (1, C, all segments, h, w) on the CPU, and for each latent frame
+    what of it may change, (H', W') uint8.
+    """
+    masks: list[numpy.ndarray] = []
+    clean = []
+
+    def clips(segment: Segment) -> Iterator[Tensor]:
+        for frames, mask in video.pasted(segment):
+            masks.append(mask)
+            yield frames_to_clip(frames)
+
+    tiling = Tiling() if wan.settings.tiled else None
+    count = sum(segment.stop - segment.start for segment in video.segments)
+    with wan.vae() as vae, bars.work("encoding the video", count, "frame") as bar:
+        for segment in video.segments:
+            for latents in vae.encode_stream(clips(segment), tiling=tiling):
+                clean.append(latents.cpu())
+                bar.advance(min(4 * latents.shape[2], count - bar.done))
+    return torch.cat(clean, dim=2), masks
+
+
+class FaceSwapMaker:
     """Makes the swapped video of each job.
 
     Args:
-        wan, text: as for `VideoMaker`.
+        wan: the model.
+        text: prompt -> states, of every prompt and the negative prompt.
         video: from `open_swap_video`.
         info: of the input file.
     """
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], video: SwapVideo, info: VideoInfo):
-        super().__init__(wan, text, [video.face.rgb])
-        self.video = video
+        self.wan, self.text, self.video, self.settings = wan, text, video, wan.settings
+        self.bars = ProgressBars(shown=wan.processes.rank == 0)
+        self.identities = Identities(wan, [video.face.rgb])
         self.schedule = swap_schedule(self.settings)
-        self.audio_path = self.settings.input_video if info.has_audio else None
-        self.audio_start = info.start
-        self.cell = wan.transformer_config.vae_spatial_factor
-        length = latent_frames(self.settings.num_frames)
-        self.windows = [
-            window.span
-            for segment in video.segments
-            for window in plan_windows(
-                segment.num_latents, length, min(length // 4 + 1, length - 1), start=segment.first_latent
-            )
-        ]
+        self.audio_path, self.audio_start = self.settings.input_video if info.has_audio else None, info.start
+        self.windows = plan_views(video.segments, latent_frames(self.settings.num_frames))
         if len(self.windows) > 1 and self.settings.step_cache != "none":
             raise UsageError(
                 f"--step_cache {self.settings.step_cache}: this video takes {len(self.windows)} windows, a step cache "
@@ -287,81 +307,94 @@ class FaceSwapMaker(VideoMaker):
             )
         with open(self.settings.input_video, "rb") as file:
             self.video_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        self.clean, self.masks = encode_pasted(wan, video, self.bars)
+        cell = wan.transformer_config.vae_spatial_factor
+        self.face_mask = face_mask(torch.from_numpy(numpy.stack(self.masks)), cell)  # (1, 1, all segments, h, w)
 
-        self.masks: list[numpy.ndarray] = []  # of each latent frame, (H', W') uint8
-        count = sum(segment.stop - segment.start for segment in video.segments)
-        with wan.vae() as vae, self.bars.work("encoding the video", count, "frame") as bar:
-            clean = []
-            for segment in video.segments:
-                for latents in self._encode(vae, segment):
-                    clean.append(latents.cpu())
-                    bar.advance(min(4 * latents.shape[2], count - bar.done))
-        self.clean = torch.cat(clean, dim=2)  # (1, C, all segments, h, w): latents of the pasted video
-        self.face_mask = face_mask(torch.from_numpy(numpy.stack(self.masks)), self.cell)  # (1, 1, all segments, h, w)
-        self.noise: Tensor | None = None  # of the job that is being made
+    def make(self, job: Job) -> Path:
+        """Denoise the pasted video from the strength on, decode, put the face into the input's frames."""
+        wan, settings, schedule = self.wan, self.settings, self.schedule
+        self.bars.plan(schedule.num_steps)
+        record = self.metadata(job)
+        state = JobState(job.output, progress(wan, schedule, record))
+        noise = noise_like(self.clean, job.seed, wan.transformer_config.vae_spatial_factor, wan.noise_device)
+        noised = add_noise(self.clean, noise, schedule.sigmas[0].item())  # (1, C, all segments, h, w)
+        texts = self.text[job.prompt], self.text[settings.negative_prompt]
 
-    def _encode(self, vae, segment: Segment) -> Iterator[Tensor]:
-        def clips() -> Iterator[Tensor]:
-            for frames, mask in self.video.pasted(segment):
-                self.masks.append(mask)
-                yield frames_to_clip(frames)
+        def expert(number: int, transformer: WanTransformer) -> Expert | WindowedExpert:
+            one = guided_by_text(wan, schedule, number, transformer, *texts, identities=self.identities)
+            return one if len(self.windows) == 1 else WindowedExpert(one, self.windows)
 
-        return vae.encode_stream(clips(), tiling=Tiling() if self.settings.tiled else None)
+        def background(step: int, sample: Tensor) -> Tensor:
+            clean, drawn, mask = (kept.to(sample) for kept in (self.clean, noise, self.face_mask))
+            return keep_background(sample, clean, drawn, mask, schedule.sigmas[step + 1].item())
 
-    # ------------------------------------------------------------------------------------------- what a step needs
-
-    def start(self, job: Job) -> Tensor:
-        """The pasted video, noised to the first sigma."""
-        _, channels, count, height, width = self.clean.shape
-        size = (channels, 4 * count - 3, height * self.cell, width * self.cell)
-        self.noise = initial_noise(size, job.seed, self.cell, self.noise_device)
-        return add_noise(self.clean, self.noise, self.schedule.sigmas[0].item()).to(self.wan.device)
-
-    def after_step(self, step: int, sample: Tensor) -> Tensor:
-        """With `force_background_consistency` the input's background, at the noise of this moment."""
-        if not self.settings.force_background_consistency:
-            return sample
-        kept = (self.clean, self.noise, self.face_mask)
-        return keep_background(sample, *(t.to(sample) for t in kept), self.schedule.sigmas[step + 1].item())
-
-    def experts(self, job: Job) -> Callable[[int], Expert | WindowedExpert]:
-        expert_at = super().experts(job)
-        if len(self.windows) == 1:
-            return expert_at
-        return lambda step: WindowedExpert(expert_at(step), self.windows)
-
-    # ------------------------------------------------------------------------------------------- what comes out
-
-    def num_decoded(self, latents: Tensor) -> int:
-        return len(self.video.frames)
-
-    def frames(self, vae, latents: Tensor) -> Iterator[numpy.ndarray]:
-        """Every frame of the input, in pieces (f, H, W, 3) uint8: generated where the face is, else as it was."""
-        done = 0
-        for segment in self.video.segments:
-            yield from self._untouched(done, segment.start)
-            done = segment.start
-            pieces = super().frames(vae, latents[:, :, segment.latents])
-            for number, piece in enumerate(pieces):  # the first frame, then groups of four
-                pixels = self._finish(frames_to_uint8(piece), done, segment, self.masks[segment.first_latent + number])
-                yield pixels
-                done += len(pixels)
-        yield from self._untouched(done, len(self.video.frames))
-
-    def _untouched(self, start: int, stop: int) -> Iterator[numpy.ndarray]:
-        for i in range(start, stop):
-            yield self.video.frames[i : i + 1]
-
-    def _finish(self, generated: numpy.ndarray, first: int, segment: Segment, mask: numpy.ndarray) -> numpy.ndarray:
-        """Cut off what padding added, in time and on the sides; put the face into the input's pixels."""
-        originals = self.video.frames[first : min(first + len(generated), segment.stop)]
-        height, width = originals.shape[1:3]
-        generated = generated[: len(originals), :height, :width]
-        if self.settings.no_composite:
-            return generated
-        mask = mask[:height, :width]
-        return numpy.stack([composite(a, b, mask) for a, b in zip(originals, generated, strict=True)])
+        with open_video(wan, job.output, record, audio_path=self.audio_path, audio_start=self.audio_start) as video:
+            latents = denoise_with_resume(
+                wan,
+                noised.to(wan.device),
+                schedule,
+                expert,
+                state,
+                self.bars,
+                job.output,
+                identities=self.identities,
+                after_step=background if settings.force_background_consistency else None,
+            )
+            wan.release_transformers()
+            if video is not None:
+                video.describe(record | ran_with(wan))
+                frames = swapped_frames(wan, self.video, latents, self.masks)
+                write_frames(video, frames, self.bars.work("decoding", len(self.video.frames), "frame"))
+        state.remove()
+        return job.output
 
     def metadata(self, job: Job) -> dict:
+        """The video's record, before it is made."""
+        faces = dict(zip(self.settings.stand_in_photos, self.identities.hashes, strict=True))
         segments = [[segment.start, segment.stop] for segment in self.video.segments]
-        return super().metadata(job) | {"input_video_sha256": self.video_hash, "segments": segments}
+        swapped = {"input_video_sha256": self.video_hash, "segments": segments}
+        return describe(self.wan, self.schedule, job, faces) | swapped
+
+
+def plan_views(segments: Sequence[Segment], length: int) -> list[slice]:
+    """The windows, of at most `length` latent frames, in which the model sees the sample of all segments."""
+    overlap = min(length // 4 + 1, length - 1)
+    return [
+        window.span
+        for segment in segments
+        for window in plan_windows(segment.num_latents, length, overlap, start=segment.first_latent)
+    ]
+
+
+def noise_like(clean: Tensor, seed: int, cell: int, device: torch.device | str) -> Tensor:
+    """Noise for latents (1, C, F, h, w), as their seed gives it to a video of that size."""
+    _, channels, count, height, width = clean.shape
+    return initial_noise((channels, 4 * count - 3, height * cell, width * cell), seed, cell, device)
+
+
+def swapped_frames(
+    wan: Wan, video: SwapVideo, latents: Tensor, masks: Sequence[numpy.ndarray]
+) -> Iterator[numpy.ndarray]:
+    """Every frame of the input, in pieces (f, H, W, 3) uint8: generated where the face is, else as it was.
+
+    Args:
+        latents: (1, C, all segments, h, w).
+        masks: of each latent frame, from `encode_pasted`.
+    """
+    done = 0
+    for segment in video.segments:
+        yield from (video.frames[i : i + 1] for i in range(done, segment.start))
+        done = segment.start
+        # The first frame, then groups of four.
+        for number, piece in enumerate(decode(wan, latents[:, :, segment.latents])):
+            # What padding added is cut off, in time and on the sides.
+            originals = video.frames[done : min(done + piece.shape[2], segment.stop)]
+            height, width = originals.shape[1:3]
+            generated = frames_to_uint8(piece)[: len(originals), :height, :width]
+            mask = masks[segment.first_latent + number][:height, :width]
+            if not wan.settings.no_composite:
+                generated = numpy.stack([composite(*pair, mask) for pair in zip(originals, generated, strict=True)])
+            yield generated
+            done += len(originals)
+    yield from (video.frames[i : i + 1] for i in range(done, len(video.frames)))

@@ -38,11 +38,11 @@ def open_poses(wan: Wan) -> Poses:
     return Poses(wan.read_part("pose_embedder"), probe(path).num_frames, sha256)
 
 
-def embed_poses(wan: Wan, poses: Poses, clip: Clip) -> PoseTokens | None:
-    """The plug-in of a clip. It leads all guidance branches, as in upstream's script; None where poses are left out."""
+def pose_plugins(wan: Wan, poses: Poses, clip: Clip) -> list[PoseTokens]:
+    """What leads a clip, in all guidance branches, as in upstream's script; nothing where --remove_pose says so."""
     settings, processes = wan.settings, wan.processes
     if settings.remove_pose:
-        return None
+        return []
     # Where the video ends with the poses, the last clip may reach beyond them.
     starts_over = settings.video_frames is None or settings.audio_path is not None
     indices = pose_indices(clip, settings.num_frames, poses.num_frames, starts_over)
@@ -50,7 +50,7 @@ def embed_poses(wan: Wan, poses: Poses, clip: Clip) -> PoseTokens | None:
     with stage("embedding the poses", "try a smaller size"):
         tokens = poses.embedder.to(wan.device).encode(frames)
     poses.embedder.to("cpu")
-    return tokens.shard(processes.rank, processes.count) if processes.context_parallel else tokens
+    return [tokens.shard(processes.rank, processes.count) if processes.context_parallel else tokens]
 
 
 def read_poses(path: str | Path, indices: Sequence[int], height: int, width: int) -> numpy.ndarray:

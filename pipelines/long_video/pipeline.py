@@ -8,11 +8,9 @@ Source: Stable-Video-Infinity `test_svi.py`; branch svi_wan22 `inference_svi_2.0
 """
 
 import collections
-import contextlib
 import hashlib
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +18,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from models.pose_embedder import PoseTokens
-from models.wan.slots import Plugin
+from models.wan.schedulers import get_schedule
 from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
-from pipelines.conditions import ShownVAE, latent_frames
+from pipelines.conditions import ShownVAE, initial_noise, latent_frames
 from pipelines.denoise import Expert
+from pipelines.experts import guided_by_text, prompt_of, tea_caches
+from pipelines.guidance import branch_prompts
 from pipelines.jobs import Job
 from pipelines.long_video.clip_conditions import (
     crop_to_shape,
@@ -34,13 +33,14 @@ from pipelines.long_video.clip_conditions import (
     latents_to_condition,
     picture_to_frame,
 )
-from pipelines.long_video.dance import embed_poses, open_poses
+from pipelines.long_video.dance import open_poses, pose_plugins
 from pipelines.long_video.settings import LongVideoSettings
-from pipelines.long_video.talk import BRANCHES, hear, open_speech
+from pipelines.long_video.talk import BRANCHES, open_speech, speech_guidance, speech_plugins
 from pipelines.memory import stage
-from pipelines.text_to_video.pipeline import VideoMaker
+from pipelines.video import decode, denoise_with_resume, describe, open_video, progress, ran_with, write_frames
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.progress_bars import Bar, ProgressBars
 from preprocess.video import VideoInfo, probe, stream_frames
 from preprocess.video_writer import VideoWriter, same_encoding, write_video
 
@@ -84,7 +84,7 @@ def open_existing(settings: LongVideoSettings) -> Existing:
     return Existing(Path(settings.extend), info, frames)
 
 
-class LongVideoMaker(VideoMaker):
+class LongVideoMaker:
     """Makes the long video of each job.
 
     Speech and poses drive its clips where the settings name them, both at once if they do.
@@ -99,8 +99,11 @@ class LongVideoMaker(VideoMaker):
     settings: LongVideoSettings
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], picture: numpy.ndarray, existing: Existing | None = None):
-        super().__init__(wan, text, faces=[])
+        self.wan, self.text, self.existing, self.settings = wan, text, existing, wan.settings
+        self.bars = ProgressBars(shown=wan.processes.rank == 0)
         settings = self.settings
+        steps, shift = settings.num_inference_steps, settings.shift
+        self.schedule = get_schedule(settings.solver, steps, shift, timesteps=settings.timesteps)
         self.variant = settings.svi
         size = (settings.height, settings.width)
         self.reference = picture_to_frame(crop_to_shape(picture, *size), *size)  # (1, 3, 1, H, W)
@@ -111,97 +114,106 @@ class LongVideoMaker(VideoMaker):
             None if frames is None else hashlib.sha256(frames.numpy().tobytes()).hexdigest()
             for frames in (self.reference, self.end, existing and existing.end)
         ]
-        self.existing = existing
-        if existing is not None and existing.info.has_audio:
+        self.audio_path, self.audio_start = settings.audio_path, 0.0
+        if settings.audio_path is None and existing is not None and existing.info.has_audio:
             self.audio_path, self.audio_start = existing.path, existing.info.start
+        self.anchor: Tensor | None = None  # latents of the picture, (1, C, 1, h, w), once for all clips
         self.first_handed: Tensor | None = None  # what the first clip goes on from, of a video that is extended
         if self.variant.hands_latents or existing is not None:
             with wan.vae() as vae, torch.no_grad(), stage("encoding the picture", VAE_ADVICE):
                 if self.variant.hands_latents:
-                    self.anchor = vae.encode(self.reference).cpu()  # (1, C, 1, h, w), once for all clips
+                    self.anchor = vae.encode(self.reference).cpu()
                 if existing is not None and self.variant.hands_latents:
                     self.first_handed = vae.encode(existing.end)[:, :, -self.variant.motion_latents :].cpu()
                 elif existing is not None:
                     self.first_handed = existing.end
         self.speech = open_speech(wan) if settings.audio_path is not None else None
         self.poses = open_poses(wan) if settings.pose_path is not None else None
-        if self.speech is not None:
-            self.audio_path, self.branches = settings.audio_path, BRANCHES
         self._has_svi = True  # whether SVI's LoRA is in the weights
-        # Of the clip that is being made:
-        self.clip: Clip | None = None
-        self._pose: PoseTokens | None = None
-        self._condition: Tensor | None = None  # y, (1, 4 + C, F, h, w)
-        self._last: Tensor | None = None  # its last frames, (1, 3, n, H, W)
 
     # ------------------------------------------------------------------------------------------------- the video
 
     def make(self, job: Job) -> Path:
         """Make every clip that is not there yet, and join them."""
-        started = time.monotonic()
-        settings, processes = self.settings, self.wan.processes
+        wan = self.wan
         self.use_svi(True)
-        clips = settings.clips(job.seed)
+        clips = self.settings.clips(job.seed)
         self.bars.plan(self.schedule.num_steps, len(clips), "clip")
-        metadata = self.metadata(job)
-        store = ClipStore(job.output, self.progress(metadata), clips)
-        writer = VideoWriter(
-            job.output,
-            fps=settings.fps,
-            quality=settings.quality,
-            metadata=metadata,
-            audio_path=self.audio_path,
-            audio_start=self.audio_start,
-        )
-        with writer if processes.writes else contextlib.nullcontext():
-            done, handed = processes.share(store.load() if processes.writes else None)
+        record = self.metadata(job)
+        store = ClipStore(job.output, self.progress(record), clips)
+        with open_video(wan, job.output, record, audio_path=self.audio_path, audio_start=self.audio_start) as video:
+            done, handed = wan.processes.share(store.load() if video is not None else None)
             if done:
                 logger.info("%s: going on after clip %d of %d", job.output, done, len(clips))
             for clip in clips[done:]:
                 handed = self.make_clip(job, clip, self.first_handed if clip.index == 0 else handed, store)
-            if processes.writes:
-                ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
-                writer.describe(metadata | {"ran_with": ran_with})
-                videos = store.paths
+            if video is not None:
+                video.describe(record | ran_with(wan))
+                parts = store.paths
                 if self.existing is not None:
-                    videos = [self.existing.in_front_of(videos[0], store.folder), *videos]
-                writer.join(videos)
-        processes.wait()
-        if processes.writes:
+                    parts = [self.existing.in_front_of(parts[0], store.folder), *parts]
+                video.join(parts)
+        if wan.processes.writes:
             store.remove()
-            logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
     def make_clip(self, job: Job, clip: Clip, handed: Tensor | None, store: ClipStore) -> Tensor:
-        """One clip, from what the one before hands over to what the next is handed."""
+        """One clip, from what the one before hands over to what the next is handed: frames (1, 3, n, H, W) in [-1, 1],
+        or latents (1, C, m, h, w).
+        """
+        wan, settings, schedule = self.wan, self.settings, self.schedule
         logger.info("%s: clip %d of %d: %s", job.output, clip.index + 1, len(store.clips), clip.prompt[:80])
-        self.clip = clip
         self.bars.begin_part(clip.index)
-        self.use_svi(clip.index > 0 or not self.settings.first_clip_without_lora)
-        self.prepare_condition(clip, handed, is_last=clip is store.clips[-1])
-        self._pose = embed_poses(self.wan, self.poses, clip) if self.poses is not None else None
-        latents = self.denoise(Job(clip.prompt, clip.seed, job.output), store.state(clip))
-        self.wan.release_transformers()
-        if self.wan.processes.writes:
-            with VideoWriter(store.path(clip), fps=self.settings.fps, quality=self.settings.quality) as writer:
-                self.decode(latents, writer)
+        self.use_svi(clip.index > 0 or not settings.first_clip_without_lora)
+        condition, image_features = self.condition_of(handed, is_last=clip is store.clips[-1])
+        poses = [] if self.poses is None else pose_plugins(wan, self.poses, clip)
+        positive, negative = self.text[clip.prompt], self.text[settings.negative_prompt]
+
+        def expert(number: int, transformer: WanTransformer) -> Expert:
+            if self.speech is None:
+                seen = {"image_features": image_features, "plugins": poses}
+                return guided_by_text(wan, schedule, number, transformer, positive, negative, **seen)
+            prompts = (prompt_of(wan, states, image_features) for states in (positive, negative))
+            return Expert(
+                transformer,
+                branch_prompts(*prompts),
+                speech_guidance(settings),
+                [*wan.plugins(), *poses],
+                tea_caches(wan, schedule, BRANCHES),
+                speech_plugins(wan, self.speech, clip),
+            )
+
+        config = wan.transformer_config
+        size = (config.out_dim, settings.num_frames, settings.height, settings.width)
+        noise = initial_noise(size, clip.seed, config.vae_spatial_factor, wan.noise_device).to(wan.device)
+        state = store.state(clip)
+        latents = denoise_with_resume(
+            wan, noise, schedule, expert, state, self.bars, job.output, condition=condition
+        )  # (1, C, F, h, w)
+        wan.release_transformers()
+        last = None
+        if wan.processes.writes:
+            bar = self.bars.work("decoding", len(clip.kept), "frame")
+            with VideoWriter(store.path(clip), fps=settings.fps, quality=settings.quality) as video:
+                last = write_clip(video, decode(wan, latents), clip.kept, max(self.variant.motion_frames, 1), bar)
         if self.variant.hands_latents:
             handed = latents[:, :, -self.variant.motion_latents :].cpu()
         else:
-            handed = self.wan.processes.share(self._last)
-        if self.wan.processes.writes:
+            handed = wan.processes.share(last)
+        if wan.processes.writes:
             store.finish(clip, handed)
         return handed
 
-    def prepare_condition(self, clip: Clip, handed: Tensor | None, is_last: bool) -> None:
-        """y, and the CLIP features of the first handed-over frame for the models that take them."""
+    def condition_of(self, handed: Tensor | None, is_last: bool) -> tuple[Tensor, Tensor | None]:
+        """A clip's y, (1, 4 + C, F, h, w), and the CLIP features of the first handed-over frame for the models that
+        take them; both on the device.
+        """
         variant, num_frames, device = self.variant, self.settings.num_frames, self.wan.device
         if variant.hands_latents:
-            self._condition = latents_to_condition(self.anchor, handed, latent_frames(num_frames)).to(device)
-            return
+            return latents_to_condition(self.anchor, handed, latent_frames(num_frames)).to(device), None
         frames = self.reference if handed is None else handed
         with self.wan.vae() as vae, torch.no_grad(), stage("encoding the condition", VAE_ADVICE):
-            self._condition = frames_to_condition(
+            condition = frames_to_condition(
                 ShownVAE(vae, self.bars, "encoding the condition"),
                 frames,
                 num_frames,
@@ -209,31 +221,7 @@ class LongVideoMaker(VideoMaker):
                 marks_all=variant.mask == "motion_frames",
                 end=self.end if is_last else None,
             ).y.to(device)
-        self.image_features = self.wan.encode_images([frames[:, :, 0]], keep=not is_last)
-
-    def conditions(self) -> dict:
-        return {"condition": self._condition}
-
-    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
-        return [*super().plugins(index, transformer), *([] if self._pose is None else [self._pose])]
-
-    def expert(self, job: Job, index: int, transformer: WanTransformer) -> Expert:
-        expert = super().expert(job, index, transformer)
-        return expert if self.speech is None else hear(self.wan, self.speech, self.clip, expert)
-
-    def num_decoded(self, latents: Tensor) -> int:
-        return len(self.clip.kept)
-
-    def frames(self, vae, latents: Tensor) -> Iterator[Tensor]:
-        """The frames that the clip keeps; its last ones are put by for the next clip, in float32."""
-        done, last, kept = 0, [], self.clip.kept
-        for piece in super().frames(vae, latents):  # (1, 3, f, H, W)
-            last = [*last, *piece.cpu().split(1, dim=2)][-max(self.variant.motion_frames, 1) :]
-            new = piece[:, :, max(kept.start - done, 0) : max(kept.stop - done, 0)]
-            done += piece.shape[2]
-            if new.shape[2]:
-                yield new
-        self._last = torch.cat(last, dim=2)
+        return condition, self.wan.encode_images([frames[:, :, 0]], keep=not is_last)
 
     def use_svi(self, wanted: bool) -> None:
         """Run with SVI's LoRA, or without; those beside it stay."""
@@ -243,22 +231,22 @@ class LongVideoMaker(VideoMaker):
 
     # -------------------------------------------------------------------------------------------------- metadata
 
-    def progress(self, metadata: dict) -> dict:
+    def progress(self, record: dict) -> dict:
         """What decides every clip's latents, beside the plan; further clips and other prompts may follow later."""
         without = set(self.settings.of_later_clips)
         without -= set() if self.end is None else {"num_clips"}  # which clip is the last one is seen in its frames
-        progress = super().progress(metadata)
-        settings = {name: value for name, value in progress["settings"].items() if name not in without}
-        return progress | {"settings": settings, "clips": None}
+        decides = progress(self.wan, self.schedule, record)
+        settings = {name: value for name, value in decides["settings"].items() if name not in without}
+        return decides | {"settings": settings, "clips": None}
 
     def metadata(self, job: Job) -> dict:
-        metadata = super().metadata(job)
+        """The video's record, before it is made."""
         clips = self.settings.clips(job.seed)
         lengths = [len(clip.kept) for clip in clips]
         before = [self.existing.info.num_frames] if self.existing is not None else [0]
         starts = numpy.cumsum(before + lengths).tolist()
         driven = {"audio": self.speech and self.speech.sha256, "poses": self.poses and self.poses.sha256}
-        return metadata | {
+        return describe(self.wan, self.schedule, job) | {
             **{name: sha256 for name, sha256 in driven.items() if sha256 is not None},
             "pictures": self.picture_hashes,
             "clips": [
@@ -266,3 +254,23 @@ class LongVideoMaker(VideoMaker):
                 for clip, start, length in zip(clips, starts, lengths, strict=False)
             ],
         }
+
+
+def write_clip(video: VideoWriter, pieces: Iterable[Tensor], kept: range, count: int, bar: Bar) -> Tensor:
+    """Write the frames that a clip keeps; returns its last `count`, (1, 3, count, H, W) float32 as they were decoded.
+
+    pieces: all of its frames, as `decode` gives them.
+    """
+    last: collections.deque[Tensor] = collections.deque(maxlen=count)
+
+    def kept_frames() -> Iterator[Tensor]:
+        passed = 0
+        for piece in pieces:  # (1, 3, f, H, W)
+            last.extend(piece.cpu().split(1, dim=2))
+            new = piece[:, :, max(kept.start - passed, 0) : max(kept.stop - passed, 0)]
+            passed += piece.shape[2]
+            if new.shape[2]:
+                yield new
+
+    write_frames(video, kept_frames(), bar)
+    return torch.cat(tuple(last), dim=2)

@@ -4,15 +4,17 @@ Source: Stable-Video-Infinity `test_svi_talk.py`, `diffsynth/pipelines/svi_video
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.wan.slots import Plugin
 from pipelines.clip_plan import Clip
-from pipelines.denoise import NEGATIVE, POSITIVE, Expert
-from pipelines.guidance import UNCONDITIONAL, branch_prompts, three_branch
+from pipelines.denoise import NEGATIVE, POSITIVE, Guidance
+from pipelines.guidance import UNCONDITIONAL, three_branch
 from pipelines.long_video.media import read_speech
 from pipelines.long_video.parts import encode_speech
+from pipelines.long_video.settings import LongVideoSettings
 from pipelines.wan import Wan
 from preprocess.audio import AudioTimeline
 
@@ -39,15 +41,12 @@ def open_speech(wan: Wan) -> Speech:
     return Speech(encode_speech(wan, samples, num_frames), hashlib.sha256(samples.tobytes()).hexdigest())
 
 
-def hear(wan: Wan, speech: Speech, clip: Clip, expert: Expert) -> Expert:
-    """The expert of a clip with its part of the speech. In place of two branches three: the unconditional one hears
-    silence.
-    """
-    settings = wan.settings
-    heard = wan.part("multitalk").speech(speech.states, clip.start, settings.num_frames)
-    return replace(
-        expert,
-        prompts=branch_prompts(expert.prompts[POSITIVE], expert.prompts[NEGATIVE]),
-        guidance=three_branch(settings.guidance_scale[0], settings.audio_guidance_scale),
-        branch_plugins={POSITIVE: [heard], NEGATIVE: [heard], UNCONDITIONAL: [heard.silent()]},
-    )
+def speech_guidance(settings: LongVideoSettings) -> Guidance:
+    """In place of two branches three: one by the text, one by the speech."""
+    return three_branch(settings.guidance_scale[0], settings.audio_guidance_scale)
+
+
+def speech_plugins(wan: Wan, speech: Speech, clip: Clip) -> dict[str, list[Plugin]]:
+    """What each guidance branch hears during a clip; the unconditional one hears silence."""
+    heard = wan.part("multitalk").speech(speech.states, clip.start, wan.settings.num_frames)
+    return {POSITIVE: [heard], NEGATIVE: [heard], UNCONDITIONAL: [heard.silent()]}

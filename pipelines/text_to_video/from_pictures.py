@@ -4,8 +4,8 @@ picture to another (FLF2V), or as a first frame that is held (TI2V).
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy
@@ -16,12 +16,11 @@ from pipelines.conditions import ShownVAE, best_output_size, cover_resize, frame
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
 from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
-from pipelines.jobs import Job
 from pipelines.networks import family_of, shape_of
-from pipelines.text_to_video.pipeline import VideoMaker
 from pipelines.text_to_video.settings import ImageToVideoSettings
 from pipelines.wan import Wan
 from preprocess.image import read_image
+from preprocess.progress_bars import ProgressBars
 
 logger = logging.getLogger("selfsame")
 
@@ -71,36 +70,40 @@ def video_size(picture: numpy.ndarray, height: int, width: int, config: dict) ->
     return 8 * rows, 8 * columns
 
 
-class ImageToVideoMaker(VideoMaker):
-    """Makes videos that start from pictures.
+@dataclass(frozen=True)
+class StartPictures:
+    """What a model is given of the pictures that its videos start from; of none, nothing.
 
-    Args:
-        wan, text: as for `VideoMaker`.
-        pictures: the first, or the first and the last.
+    image_features: of CLIP, (1, pictures · 257, 1280) on the device.
+    condition: the channels beside the noise, (1, 4 + C, F, h, w) on the device.
+    pinned: or the first latent frame, which is held.
+    record: SHA-256 of their pixels.
     """
 
-    def __init__(self, wan: Wan, text: dict[str, Tensor], pictures: Sequence[numpy.ndarray]):
-        super().__init__(wan, text, faces=())
-        height, width = self.settings.height, self.settings.width
-        self.picture_hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
-        self.pinned: PinnedFrames | None = None
-        self.condition: Tensor | None = None
-        if len(pictures) > 1 and pictures[1].shape[0] * width != pictures[1].shape[1] * height:
-            pictures = [pictures[0], cover_resize(pictures[1], width, height)]  # cut, not squeezed
-        clips = [image_to_clip(picture)[:, :, 0] for picture in pictures]  # (1, 3, H, W) in [-1, 1]
-        features = wan.encode_images(clips)
-        self.image_features = None if features is None else features.to(wan.device)
-        with wan.vae() as vae:
-            if wan.transformer_config.in_dim == wan.transformer_config.out_dim:
-                self.pinned = PinnedFrames(vae.encode(image_to_clip(cover_resize(pictures[0], width, height))))
-            else:
-                frames = dict(zip((0, self.settings.num_frames - 1), clips, strict=False))
-                size = (height // vae.spatial_factor, width // vae.spatial_factor)
-                shown = ShownVAE(vae, self.bars, "encoding the picture")
-                self.condition = frames_condition(shown, self.settings.num_frames, size, frames).y.to(wan.device)
+    image_features: Tensor | None = None
+    condition: Tensor | None = None
+    pinned: PinnedFrames | None = None
+    record: Mapping[str, list[str]] = field(default_factory=dict)
 
-    def conditions(self) -> dict:
-        return {"condition": self.condition, "pinned": self.pinned}
 
-    def metadata(self, job: Job) -> dict:
-        return super().metadata(job) | {"pictures": self.picture_hashes}  # sha256 of the pixels
+NO_PICTURES = StartPictures()
+
+
+def start_from(wan: Wan, pictures: Sequence[numpy.ndarray], bars: ProgressBars) -> StartPictures:
+    """Encode the first picture, or the first and the last, (H, W, 3) uint8, as the model was trained to see them."""
+    height, width = wan.settings.height, wan.settings.width
+    record = {"pictures": [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]}
+    if len(pictures) > 1 and pictures[1].shape[0] * width != pictures[1].shape[1] * height:
+        pictures = [pictures[0], cover_resize(pictures[1], width, height)]  # cut, not squeezed
+    clips = [image_to_clip(picture)[:, :, 0] for picture in pictures]  # (1, 3, H, W) in [-1, 1]
+    features = wan.encode_images(clips)
+    features = None if features is None else features.to(wan.device)
+    with wan.vae() as vae:
+        if wan.transformer_config.in_dim == wan.transformer_config.out_dim:
+            pinned = PinnedFrames(vae.encode(image_to_clip(cover_resize(pictures[0], width, height))))
+            return StartPictures(features, pinned=pinned, record=record)
+        frames = dict(zip((0, wan.settings.num_frames - 1), clips, strict=False))
+        size = (height // vae.spatial_factor, width // vae.spatial_factor)
+        shown = ShownVAE(vae, bars, "encoding the picture")
+        condition = frames_condition(shown, wan.settings.num_frames, size, frames).y.to(wan.device)
+    return StartPictures(features, condition, record=record)

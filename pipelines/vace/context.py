@@ -107,7 +107,7 @@ def noise_with_references(
 # ----------------------------------------------------------------------------------------- frames and their sizes
 
 
-def cover_resize(frames: numpy.ndarray, height: int, width: int) -> Tensor:
+def cover_frames(frames: numpy.ndarray, height: int, width: int) -> Tensor:
     """(T, H0, W0, C) uint8, scaled until it covers height x width (bicubic, antialiased), centre cut out; uint8."""
     video = torch.from_numpy(numpy.array(frames)).permute(0, 3, 1, 2)  # (T, C, H0, W0)
     scale = max(width / video.shape[3], height / video.shape[2])

@@ -1,228 +1,159 @@
-"""Text-to-video under VACE control: the model with its branch, and the maker of videos of any length, by windows."""
+"""Text-to-video under VACE control, of any length by windows."""
 
-import contextlib
-import hashlib
-import itertools
+import collections
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
-from models.wan.transformer import Plugin, WanTransformer
-from pipelines import tiny
+from models.wan.schedulers import get_schedule
+from models.wan.transformer import WanTransformer
 from pipelines.clip_plan import Clip
 from pipelines.clip_store import ClipStore
-from pipelines.conditions import ShownVAE
+from pipelines.denoise import Expert
+from pipelines.experts import guided_by_text
 from pipelines.job_state import JobState
 from pipelines.jobs import Job
-from pipelines.memory import stage
-from pipelines.text_to_video.pipeline import VideoMaker
-from pipelines.vace.command import spread_frames
+from pipelines.stand_in import Identities
 from pipelines.vace.context import (
-    cover_resize,
     fit_reference,
-    frames_to_clip,
-    mask_to_clip,
     noise_with_references,
-    vace_context,
-    with_known_frames,
 )
-from pipelines.vace.masks import read_mask
-from pipelines.vace.settings import VaceSettings
+from pipelines.vace.control import Control, encode_control
+from pipelines.video import decode, denoise_with_resume, describe, open_video, progress, ran_with, write_frames
 from pipelines.wan import Wan
 from pipelines.windows import Window, plan_windows
-from preprocess.image import read_image
-from preprocess.video import probe, stream_frames
-from preprocess.video_writer import VideoWriter
+from preprocess.progress_bars import Bar, ProgressBars
+from preprocess.video_writer import VideoWriter, frames_to_uint8
 
 logger = logging.getLogger("selfsame")
 
 
-@dataclass(frozen=True)
-class Control:
-    """What the user gave, at the size and length of the result.
-
-    frames: (T, H, W, 3) uint8, or None: nothing is given, everything is made.
-    mask: (T, H, W) uint8, 255 = make, 0 = keep; None: make everything.
-    references: pictures (H0, W0, 3) uint8 of any size, in order.
-    """
-
-    frames: numpy.ndarray | None
-    mask: numpy.ndarray | None
-    references: Sequence[numpy.ndarray]
-
-    def hashes(self) -> dict:
-        """What identifies the pixels, for the metadata."""
-
-        def sha256(pixels: numpy.ndarray | None) -> str | None:
-            return None if pixels is None else hashlib.sha256(numpy.ascontiguousarray(pixels).tobytes()).hexdigest()
-
-        return {"video": sha256(self.frames), "mask": sha256(self.mask), "images": [sha256(r) for r in self.references]}
-
-
-def read_control(settings: VaceSettings, demonstrate: bool = False) -> Control:
-    """Read what the settings name. `demonstrate`: where they name nothing, a control video made on the fly.
-
-    Raises:
-        InputError: a file that cannot be decoded, or a coloured mask.
-    """
-    references = [read_image(picture, "--reference_image") for picture in settings.reference_image]
-    if settings.reference_video is None:
-        if not (demonstrate and not references):
-            return Control(None, None, references)
-        logger.info("no --reference_video: the control video of this demonstration is made from assets/face.png")
-        return Control(
-            tiny.demonstration_control(settings.num_frames, settings.height, settings.width), None, references
-        )
-    info, size = probe(settings.reference_video), (settings.height, settings.width)
-    mask = None if settings.reference_mask is None else read_mask(settings.reference_mask, info.num_frames)
-    chosen = list(range(settings.num_frames))
-    if settings.resample_control:
-        chosen, _ = spread_frames(info.num_frames, info.fps, settings.num_frames)
-    # One by one: the video may be much larger, and longer, than what is made of it.
-    stream = itertools.islice(stream_frames(settings.reference_video), chosen[-1] + 1)
-    wanted = set(chosen)
-    frames = numpy.concatenate([cover_resize(f[None], *size).numpy() for i, f in enumerate(stream) if i in wanted])
-    if mask is not None:
-        mask = cover_resize(mask[chosen][..., None], *size)[..., 0].numpy()
-    return Control(frames, mask, references)
-
-
-class VaceMaker(VideoMaker):
+class VaceMaker:
     """Makes jobs under one control. Videos longer than a window go on from the frames made last.
 
     Args:
-        wan, text, faces: as for `VideoMaker`; faces may be empty.
+        wan: the model.
+        text: prompt -> states, of every prompt and the negative prompt.
+        faces: of photos, as `prepare_faces` gives them; may be empty.
         control: from `read_control`.
     """
 
     def __init__(self, wan: Wan, text: dict[str, Tensor], faces: Sequence[numpy.ndarray], control: Control):
-        super().__init__(wan, text, faces)
-        self.control = control
+        self.wan, self.text, self.control, self.settings = wan, text, control, wan.settings
+        self.bars = ProgressBars(shown=wan.processes.rank == 0)
+        self.identities = Identities(wan, faces)
         settings = self.settings
+        steps, shift = settings.num_inference_steps, settings.shift
+        self.schedule = get_schedule(settings.solver, steps, shift, timesteps=settings.timesteps)
         self.windows = plan_windows(settings.num_frames, settings.window_frames, settings.window_overlap)
         self.pictures = [fit_reference(picture, settings.height, settings.width) for picture in control.references]
-        # Of the window that is being made:
-        self._window, self._context = self.windows[0], None
-        self._known: Tensor | None = None  # its first frames, which exist, (K, H, W, 3) uint8
 
     def make(self, job: Job) -> Path:
-        """As `VideoMaker.make`. Of several windows each finished one's frames are kept in a file of its own until the
-        video is whole; they are joined as they are encoded.
+        """A video of one window goes into its file as it is decoded. Of several, each finished one's frames are kept in
+        a file of its own until the video is whole; they are joined as they are encoded.
         """
-        if len(self.windows) == 1:
-            return super().make(job)
-        started = time.monotonic()
-        self.bars.plan(self.schedule.num_steps, len(self.windows), "window")
-        metadata = self.metadata(job)
+        wan, windows = self.wan, self.windows
+        self.bars.plan(self.schedule.num_steps, len(windows), "window")
+        record = self.metadata(job)
+        identity = progress(wan, self.schedule, record)
+        if len(windows) == 1:
+            state = JobState(job.output, identity)
+            with open_video(wan, job.output, record) as video:
+                latents = self.denoise_window(job, windows[0], job.seed, None, state)
+                if video is not None:
+                    video.describe(record | ran_with(wan))
+                    write_frames(video, decode(wan, latents), self.decoding(windows[0]))
+            state.remove()
+            return job.output
+
         clips = [
             # Every window has noise of its own: the same would repeat.
             Clip(number, job.seed + number, job.prompt, window.start, (), None, range(window.overlap, window.length))
-            for number, window in enumerate(self.windows)
+            for number, window in enumerate(windows)
         ]
-        store, processes = ClipStore(job.output, self.progress(metadata), clips), self.wan.processes
-        writer = VideoWriter(job.output, fps=self.settings.fps, quality=self.settings.quality, metadata=metadata)
-        with writer if processes.writes else contextlib.nullcontext():
-            done, known = processes.share(store.load() if processes.writes else None)
+        store = ClipStore(job.output, identity, clips)
+        with open_video(wan, job.output, record) as video:
+            done, known = wan.processes.share(store.load() if video is not None else None)
             if done:
                 logger.info("%s: going on after window %d of %d", job.output, done, len(clips))
             for clip in clips[done:]:
                 known = self.make_window(job, clip, known, store)
-            if processes.writes:
-                ran_with = {"attention_backend": self.wan.attention_backend, "memory": self.wan.memory}
-                writer.describe(metadata | {"ran_with": ran_with})
-                writer.join(store.paths)
-        processes.wait()
-        if processes.writes:
+            if video is not None:
+                video.describe(record | ran_with(wan))
+                video.join(store.paths)
+        if wan.processes.writes:
             store.remove()
-            logger.info("%s: %d frames in %.1f s", job.output, writer.num_frames, time.monotonic() - started)
         return job.output
 
     def make_window(self, job: Job, clip: Clip, known: Tensor | None, store: ClipStore) -> Tensor:
-        """One window, from the frames that exist of it to those that exist of the next (K, H, W, 3) uint8."""
-        number, processes = clip.index, self.wan.processes
+        """One window, from the frames that exist of it to those that exist of the next, (K, H, W, 3) uint8."""
+        wan, number = self.wan, clip.index
+        window = self.windows[number]
         logger.info("%s: window %d of %d", job.output, number + 1, len(self.windows))
         self.bars.begin_part(number)
-        self._window, self._known = self.windows[number], known
-        latents = self.denoise(Job(job.prompt, clip.seed, job.output), store.state(clip))
-        self.wan.release_transformers()
-        if processes.writes:
+        latents = self.denoise_window(job, window, clip.seed, known, store.state(clip))
+        if wan.processes.writes:
             following = self.windows[number + 1].overlap if number + 1 < len(self.windows) else 0
-            with VideoWriter(store.path(clip), fps=self.settings.fps, quality=self.settings.quality) as writer:
-                made = WindowWriter(writer, known, following)
-                self.decode(latents, made)
-            known = made.last
+            with VideoWriter(store.path(clip), fps=self.settings.fps, quality=self.settings.quality) as video:
+                known = write_window(video, decode(wan, latents), known, following, self.decoding(window))
             store.finish(clip, known)
-        return processes.share(known)
+        return wan.processes.share(known)
 
-    def denoise(self, job: Job, state: JobState) -> Tensor:
-        """Clean latents without those of the reference pictures."""
-        self._context = self.encode(self._window, self._known)
-        return super().denoise(job, state)[:, :, len(self.pictures) :]
-
-    def encode(self, window: Window, known: Tensor | None) -> Tensor:
-        """The control context of one window, (1, 96, R + F, h, w)."""
-        size = (window.length, self.settings.height, self.settings.width)
-        frames, mask = self.control.frames, self.control.mask
-        span = slice(window.start, window.stop)
-        video = torch.zeros(1, 3, *size) if frames is None else frames_to_clip(frames[span])
-        made = torch.ones(1, 1, *size) if mask is None else mask_to_clip(mask[span])
-        if known is not None:
-            video, made = with_known_frames(video, made, known.numpy())
-        device = self.wan.device
-        with (
-            torch.no_grad(),
-            self.wan.vae() as vae,
-            stage("encoding the control video", "try a smaller size or --vae_dtype bf16"),
-        ):
-            shown = ShownVAE(vae, self.bars, "encoding the control video")
-            return vace_context(shown, video.to(device), made.to(device), [p.to(device) for p in self.pictures])
-
-    def start(self, job: Job) -> Tensor:
-        """Noise with a latent frame for each reference picture."""
-        settings = self.settings
-        size = (self.wan.transformer_config.out_dim, self._window.length, settings.height, settings.width)
+    def denoise_window(self, job: Job, window: Window, seed: int, known: Tensor | None, state: JobState) -> Tensor:
+        """Clean latents of a window, without those of the reference pictures."""
+        wan, settings, schedule = self.wan, self.settings, self.schedule
+        context = encode_control(wan, self.bars, self.control, window, known, self.pictures)  # (1, 96, R + F, h, w)
+        size = (wan.transformer_config.out_dim, window.length, settings.height, settings.width)
         # Stand-In's own code and the official one order the same noise differently; each is as released.
-        with_identity = bool(self.references)
-        noise = noise_with_references(size, job.seed, len(self.pictures), with_identity, self.noise_device)
-        return noise.to(self.wan.device)
+        with_identity = bool(self.identities.references)
+        noise = noise_with_references(size, seed, len(self.pictures), with_identity, wan.noise_device)
+        texts = self.text[job.prompt], self.text[settings.negative_prompt]
 
-    def plugins(self, index: int, transformer: WanTransformer) -> list[Plugin]:
-        control = self.wan.part("vace").plugin(self._context, self.settings.vace_scale)
-        return [*super().plugins(index, transformer), control]
+        def expert(number: int, transformer: WanTransformer) -> Expert:
+            plugins = [wan.part("vace").plugin(context, settings.vace_scale)]
+            return guided_by_text(
+                wan, schedule, number, transformer, *texts, plugins=plugins, identities=self.identities
+            )
+
+        latents = denoise_with_resume(
+            wan, noise.to(wan.device), schedule, expert, state, self.bars, job.output, identities=self.identities
+        )  # (1, C, R + F, h, w)
+        wan.release_transformers()
+        return latents[:, :, len(self.pictures) :]
+
+    def decoding(self, window: Window) -> Bar:
+        return self.bars.work("decoding", window.length - window.overlap, "frame")
 
     def metadata(self, job: Job) -> dict:
-        return super().metadata(job) | {"control": self.control.hashes(), "windows": len(self.windows)}
+        """The video's record, before it is made."""
+        faces = dict(zip(self.settings.stand_in_photos, self.identities.hashes, strict=True))
+        control = {"control": self.control.hashes(), "windows": len(self.windows)}
+        return describe(self.wan, self.schedule, job, faces) | control
 
 
-class WindowWriter:
-    """Writes the frames of a window that are new, and remembers the last ones.
+def write_window(video: VideoWriter, pieces: Iterable[Tensor], known: Tensor | None, count: int, bar: Bar) -> Tensor:
+    """Write the frames of a window that are new; returns its last `count`, (count, H, W, 3) uint8: the known ones as
+    they were written, not as they are decoded again.
 
     Args:
-        writer: of the new frames.
+        pieces: all of its frames, as `decode` gives them.
         known: (K, H, W, 3) uint8, the window's first frames, which are written already; or None.
-        count: how many to remember; the known ones as they were written, not as they are decoded again.
     """
+    last = collections.deque([] if known is None else list(known.numpy()), maxlen=count)
+    skipped = 0 if known is None else len(known)
 
-    def __init__(self, writer: VideoWriter, known: Tensor | None, count: int):
-        self.writer, self.path, self.count = writer, writer.path, count
-        self._last = [] if known is None else list(known.numpy())
-        self._skip = len(self._last)
+    def new_frames() -> Iterator[numpy.ndarray]:
+        passed = 0
+        for frames in map(frames_to_uint8, pieces):  # (f, H, W, 3)
+            new = frames[max(skipped - passed, 0) :]
+            passed += len(frames)
+            last.extend(new)
+            if len(new):
+                yield new
 
-    def write(self, frames: numpy.ndarray) -> None:
-        new = frames[self._skip :]
-        self._skip -= len(frames) - len(new)
-        if len(new):
-            self.writer.write(new)
-            self._last = [*self._last, *new]
-            self._last = self._last[len(self._last) - min(len(self._last), self.count) :]
-
-    @property
-    def last(self) -> Tensor:
-        """(count, H, W, 3) uint8"""
-        return torch.from_numpy(numpy.array(self._last, numpy.uint8))
+    write_frames(video, new_frames(), bar)
+    return torch.from_numpy(numpy.array(last, numpy.uint8))

@@ -10,7 +10,7 @@ from models.identity.consis_id import ConsisIDPipeline, FaceConfig, consis_id_fr
 from models.identity.eva_clip import tower_from_tensors
 from models.wan.image_encoder import CLIP_MEAN, CLIP_STD
 from pipelines.consis_id.face import choose_as_upstream, condition
-from pipelines.consis_id.pipeline import make_scheduler
+from pipelines.consis_id.release import make_scheduler
 from preprocess.face_alignment import NOT_FACE, align_face, limit_size, similarity_transform
 from preprocess.face_detection import Face
 from preprocess.keypoints import draw_keypoints

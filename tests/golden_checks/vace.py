@@ -11,7 +11,7 @@ from pipelines.conditions import latent_frames
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from pipelines.vace.command import size_within, spread_frames
 from pipelines.vace.context import (
-    cover_resize,
+    cover_frames,
     fit_reference,
     frames_to_clip,
     mask_to_clip,
@@ -165,7 +165,7 @@ def check_video_processor(case) -> None:
     for name in case.outputs:
         if name.startswith("resize_crop_"):
             height, width = (int(side) for side in name.removeprefix("resize_crop_").split("x"))
-            case.check(name, frames_to_clip(cover_resize(frames, height, width).numpy())[0])
+            case.check(name, frames_to_clip(cover_frames(frames, height, width).numpy())[0])
 
 
 CHECKS = {
