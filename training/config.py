@@ -82,7 +82,11 @@ class Data:
     holdout: float = option("share kept for the held-out loss, by content hash", 0.02, low=0, high=0.5)
     text_drop: float = option("how often a prompt is left out", 0.1, low=0, high=1, only={"recipe": DENOISING})
     cache: str | None = option("folder of encoded samples; null: .cache in the first source", None)
-    cache_variants: int = option("windows and crops of a video that are encoded", 1, low=1, high=100)
+    cache_variants: int = option(
+        "windows and crops of a video that are encoded", 1, low=1, high=100, only={"recipe": DENOISING}
+    )
+    workers: int = option("threads that put batches together; 0: none", 2, low=0, high=256)
+    prefetch: int = option("steps that they work ahead", 4, low=1, high=1000)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 Everything is of one view and without a batch axis. A recipe that needs something else adds an `Encoding` of its own.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy
@@ -15,6 +16,7 @@ from models.wan.image_encoder import ImageEncoder
 from models.wan.text_encoder import MAX_TOKENS, TextEncoder, clean_prompt
 from models.wan.vae import WanVAE
 from pipelines.conditions import latent_frames
+from pipelines.long_video.clip_conditions import frames_to_condition
 from pipelines.networks import shape_of
 from training.cache import Encoding
 from training.clips import View, find_faces, read_faces, read_frames, read_sound
@@ -47,13 +49,17 @@ def latent_numbers(view: View, channels: int, factor: int) -> int:
 
 def encodings_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[Encoding]:
     """What a run's forward passes take: latents and text, what an image-to-video model sees, the sound where it talks,
-    the person's face where there is one.
+    the person's face where there is one. The VAE itself takes frames.
     """
+    if config.vae is not None:
+        return []
     base = load_config(config.model.config)
     shape = shape_of(base)
     size = {"channels": shape.out_dim, "factor": shape.vae_spatial_factor, "dtype": dtype}
     found = [latents(**size), text(shape.text_dim, dtype)]
-    if shape.in_dim > shape.out_dim:
+    if config.error_recycling is not None:
+        found += svi_conditions(config, **size)
+    elif shape.in_dim > shape.out_dim:
         found.append(first_frame(**size))
     if shape.image_dim is not None:
         found.append(image_features(shape.image_dim, dtype))
@@ -100,6 +106,60 @@ def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat
         return [view.sample.facts.content, view.sample.facts.beside]
 
     return Encoding("faces", "vae", of_faces, numbers, encode, dtype)
+
+
+def svi_conditions(config: Config, **size: object) -> list[Encoding]:
+    """What SVI's variants are told of the clip before: y with one motion frame, and with all of them where the variant
+    has more.
+
+    Raises:
+        UsageError: 2.0 Pro, whose clips come in pairs that no layout of videos gives.
+    """
+    variant = config.error_recycling.variant
+    if variant == "pro":
+        config.refuse("error_recycling.variant", "needs pairs of clips that follow each other; give shot, film, …")
+    svi = load_config(f"svi-{variant}")["svi"]
+    found = [svi_condition("condition", 1, svi["padding"], svi["mask"], **size)]
+    if svi["motion_frames"] > 1:
+        found.append(svi_condition("condition_motion", svi["motion_frames"], svi["padding"], svi["mask"], **size))
+    return found
+
+
+def svi_condition(
+    kind: str,
+    motion_frames: int,
+    padding: str,
+    mask: str,
+    channels: int = 16,
+    factor: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Encoding:
+    """y (4 + z, f, h, w) of a clip that goes on from its own first frames; where the variant pads with the user's
+    picture, that is any frame of the clip (SVI's `train_svi.py`).
+    """
+
+    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
+        clip = pixels(read_frames(view))
+        chosen = reference_frame(view)
+        reference = clip[:, :, chosen : chosen + 1] if padding == "reference" else None
+        condition = frames_to_condition(
+            vae, clip[:, :, :motion_frames], clip.shape[2], reference=reference, marks_all=mask == "motion_frames"
+        )
+        return {"y": condition.y[0]}
+
+    def decides(view: View) -> list:
+        return [*of_view(view), motion_frames, padding, mask, reference_frame(view) if padding == "reference" else -1]
+
+    def numbers(view: View) -> int:
+        return latent_numbers(view, channels + 4, factor)
+
+    return Encoding(kind, "vae", decides, numbers, encode, dtype)
+
+
+def reference_frame(view: View) -> int:
+    """Which frame of the view stands for the user's picture: any, but always the same."""
+    number = hashlib.sha256(f"{view.sample.facts.content}/{view.start}/reference".encode()).digest()[:8]
+    return int.from_bytes(number, "little") % view.bucket.frames
 
 
 def image_features(width: int = 1280, dtype: torch.dtype = torch.bfloat16) -> Encoding:
