@@ -8,6 +8,7 @@ run = Run(config, partial(denoising_step, recipe, trainee), …, *optimizer_of(c
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from configs import download_command, load_config, part_path
@@ -29,7 +30,7 @@ from training.recipes.avatar import AvatarRecipe
 from training.recipes.base import BaseRecipe, Recipe
 from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.recipes.stand_in import StandInRecipe
-from training.recipes.vae import VaeRecipe, load_lpips
+from training.recipes.vae import VaeRecipe, VaeTrainee, load_lpips
 from training.trainee import TrainableStandIn, Trainee, add_lora, copy_lora, select_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # that the network computes in
@@ -167,14 +168,17 @@ def load_base(config: Config, base: dict, dtype: torch.dtype, path: Path | None 
     if path is None and is_tiny(config, base):
         transformer = tiny.tiny_transformer(base, expert).set_compute_dtype(dtype)
         return use_float8(transformer) if fp8 else transformer
-    release = release_of(base)
-    if path is None:
-        path = Path(config.model.base_path or Path("checkpoints") / release.get("dest", ""))
-        if (path / "model_index.json").is_file():
-            path = path / ("transformer", "transformer_2")[expert]
-        elif config.model.expert is not None and path.is_dir():
-            path = path / base["experts"][config.model.expert]
-    return load_transformer(path, dtype=dtype, expect=shape_of(base), fp8=fp8, hint=download_command(release))
+    path, hint = path or transformer_path(config, base), download_command(release_of(base))
+    return load_transformer(path, dtype=dtype, expect=shape_of(base), fp8=fp8, hint=hint)
+
+
+def transformer_path(config: Config, base: dict) -> Path:
+    """Where the base transformer's weights are looked for."""
+    path = Path(config.model.base_path or Path("checkpoints") / release_of(base).get("dest", ""))
+    expert = config.model.expert
+    if (path / "model_index.json").is_file():  # a Diffusers repository
+        return path / ("transformer_2" if expert == "low" else "transformer")
+    return path / base["experts"][expert] if expert is not None and path.is_dir() else path
 
 
 def release_of(config: dict) -> dict:
@@ -227,6 +231,15 @@ def load_pose(config: Config, base: dict, transformer: WanTransformer) -> PoseEm
         return tiny.tiny_pose_embedder(base)
     torch.manual_seed(config.seed)
     return PoseEmbedder(transformer.config.dim)
+
+
+def load_vae_trainee(config: Config, device: torch.device) -> VaeTrainee:
+    """The VAE of a tiny model, all of it trained."""
+    base = load_config(config.model.config)
+    autoencoder = tiny.fill_from_seed(AutoencoderKLWan(**base["vae"]), base["seed"] + 1)
+    trainee = VaeTrainee(autoencoder).to(device)
+    select_trained(trainee, lambda name: True)
+    return trainee
 
 
 # --------------------------------------------------------------------------------------------------------- memory

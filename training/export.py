@@ -2,6 +2,7 @@
 
 lora.safetensors             --lora_path of every script, ComfyUI too (SVI-Dance's has its pose embedder inside)
 stand_in.safetensors         --stand_in_path
+vae.safetensors              --vae_path, in Diffusers' names
 transformer.safetensors      --base_path, or --transformer_path of infer_audio_avatar.py with the adapter inside
 """
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from models.pose_embedder import KEY
 from preprocess.output import whole_file
+from training.recipes.vae import VaeTrainee
 from training.trainee import Trainee, lora_layers, lora_tensors
 
 
-def exported_files(trainee: Trainee) -> dict[str, dict[str, Tensor]]:
+def exported_files(trainee: Trainee | VaeTrainee) -> dict[str, dict[str, Tensor]]:
     """File name -> tensors, of all that is trained."""
+    if isinstance(trainee, VaeTrainee):
+        state = trainee.autoencoder.state_dict()
+        return {"vae.safetensors": {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}}
     trained = {name.split(".")[0] for name, parameter in trainee.named_parameters() if parameter.requires_grad}
     transformer, files = trainee.transformer, {}
     has_lora = bool(lora_layers(transformer))
@@ -45,7 +50,7 @@ def base_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def export(trainee: Trainee, folder: Path, about: Mapping[str, str]) -> list[Path]:
+def export(trainee: Trainee | VaeTrainee, folder: Path, about: Mapping[str, str]) -> list[Path]:
     """Write the files. about: what made them, in their headers.
 
     Raises:

@@ -48,6 +48,7 @@ class Run:
     masters, optimizer: of what is trained.
     about:     what a checkpoint must agree with: "config", and hashes of "data" and "base".
     evaluate:  called with the step after every `validate.every` steps; has draws of its own and changes nothing.
+    log:       called with the numbers of each step, on the first process.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Run:
     bank: ErrorBank | None = None
     ema: Ema | None = None
     evaluate: Callable[[int], None] | None = None
+    log: Callable[[dict], None] | None = None
     step: int = 0  # steps that are done
     skipped: int = 0  # updates that were left out since the last good one
     output: Path = field(init=False)
@@ -86,6 +88,8 @@ def train(run: Run) -> None:
             record = train_step(run)
             if losses_log is not None:
                 losses_log.write(record)
+                if run.log is not None:
+                    run.log(record)
             run.step += 1
             bar.advance()
             if run.evaluate is not None and run.step % config.validate.every == 0:

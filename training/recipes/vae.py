@@ -32,6 +32,13 @@ class VaeTrainee(nn.Module):
         latents = posterior.mean + posterior.std * noise
         return self.decode(latents), posterior.mean, posterior.logvar
 
+    def latent_shape(self, frames: Tensor) -> tuple[int, int, int, int]:
+        """(z, n+1, h, w) of the latents of frames (B, 3, 4n+1, H, W)."""
+        config = self.autoencoder.config
+        _, _, count, height, width = frames.shape
+        factor = config.scale_factor_spatial
+        return config.z_dim, (count - 1) // config.scale_factor_temporal + 1, height // factor, width // factor
+
     def decode(self, latents: Tensor) -> Tensor:
         """As diffusers decodes, but for its clamp: a value beyond 1 would have no gradient that leads it back."""
         model = self.autoencoder
