@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from errors import InputError, ResourceError, WeightsError
+from errors import InputError, ResourceError, UsageError, WeightsError
 from preprocess.audio import read_audio
 from preprocess.video import read_frames as read_all
 from tests.tiny_data import write_avatar_clip, write_clip
@@ -30,7 +30,7 @@ from training.clips import View, read_faces, read_frames, read_masks, read_sound
 from training.config import read_config
 from training.data import Sample, read_samples
 from training.encoders import encoders_of
-from training.encodings import encodings_of, pixels
+from training.encodings import encodings_of, pixels, sound
 from training.facts import Facts
 from training.layouts import Listed
 from training.sampler import Bucket
@@ -278,6 +278,13 @@ def test_missing_encoders_are_named_with_one_command(folder, tmp_path):
         WeightsError, match=r"not there: text encoder .*, vae encoder .*; run: python download_models.py"
     ):
         Cache(tmp_path, encodings_of(config), found).build(views_of(config))
+
+
+def test_a_model_without_the_encoder_is_refused(folder, tmp_path):
+    config = config_for(folder)
+    encoders = encoders_of(config.model, CPU)
+    with pytest.raises(UsageError, match="names no audio encoder, which this recipe reads"):
+        Cache(tmp_path, [sound()], encoders)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -100,10 +100,10 @@ def test_defaults_follow_recipe_and_what_is_trained(tmp_path):
     assert given.optim.lr == 0.5
     stand_in = read_config(path, ["recipe=stand_in"])
     assert (stand_in.train.global_batch, stand_in.train.steps, stand_in.train.trainable) == (48, 3000, "adapter")
-    avatar = read_config(path, ["recipe=avatar"])
+    avatar = read_config(path, ["recipe=avatar", "model.config=tiny-avatar"])
     assert avatar.train.clip.norm == 0.05 and avatar.data.fps == 25
     shot, film = (
-        read_config(path, ["recipe=error_recycling", f"error_recycling.variant={variant}"])
+        read_config(path, ["recipe=error_recycling", f"error_recycling.variant={variant}", "model.config=tiny-i2v"])
         for variant in ("shot", "film")
     )
     assert (shot.error_recycling.p.clean, film.error_recycling.p.clean) == (0.2, 0.5)
@@ -188,6 +188,7 @@ def test_one_line_with_file_line_field_and_value(line, expected, tmp_path):
         ("data.sources=[{path: a, repeat: 0}]", "--set data.sources=[{path: a, repeat: 0}]: data.sources[0]: "),
         ("model.config=tiny2", "--set model.config=tiny2: model.config tiny2: no such config"),
         ("model.config=wan2.2-t2v-A14B", "model.expert null: wan2.2-t2v-A14B has two experts"),
+        ("recipe=avatar", "run.yaml, line 4: model.config tiny: recipe avatar trains image-to-video models"),
         ("model.expert=high", "--set model.expert=high: model.expert high: tiny has one network"),
         ("recipe=error_recycling", "error_recycling.variant is missing (which of SVI's models); accepted are shot"),
         ("train.clip.start_ratio=5", "--set train.clip.start_ratio=5: train.clip.start_ratio 5: nothing reads it"),

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from errors import InputError, ResourceError, WeightsError
+from errors import InputError, ResourceError, UsageError, WeightsError
 from pipelines.memory import free_cached
 from pipelines.record import digest_of
 from preprocess.output import readable_bytes, sync
@@ -73,10 +73,15 @@ class Cache:
         folder: made if it is not there.
         encodings: what is kept of every view.
         encoders: the networks, by name.
+
+    Raises:
+        UsageError: the base model lacks an encoder.
     """
 
     def __init__(self, folder: str | Path, encodings: Sequence[Encoding], encoders: Mapping[str, Encoder]):
         self.folder, self.encodings, self.encoders = Path(folder), tuple(encodings), encoders
+        if lacking := sorted({encoding.encoder for encoding in encodings} - encoders.keys()):
+            raise UsageError(f"model.config: its config names no {lacking[0]} encoder, which this recipe reads")
 
     def path(self, encoding: Encoding, view: View) -> Path:
         """Where an encoding of a view is kept."""

@@ -20,6 +20,7 @@ import yaml
 
 from configs import load_config
 from errors import UsageError
+from pipelines.networks import shape_of
 from training.config_fields import (
     Defaults,
     block,
@@ -441,7 +442,13 @@ def check_model(config: Config) -> None:
         config.refuse("model.expert", f"{config.model.config} has two experts, each is trained by itself: high or low")
     if experts != 2 and config.model.expert is not None:
         config.refuse("model.expert", f"{config.model.config} has one network; leave it out")
-    multiple = 32 if str(base.get("variant")).startswith("ti2v") else 16
+    shape = shape_of(base)
+    sees_pictures = shape.in_dim > shape.out_dim
+    if config.recipe in ("avatar", "error_recycling") and not sees_pictures:
+        config.refuse("model.config", f"recipe {config.recipe} trains image-to-video models, this one begins from text")
+    if config.recipe == "stand_in" and sees_pictures:
+        config.refuse("model.config", "recipe stand_in trains text-to-video models, this one begins from a picture")
+    multiple = 2 * shape.vae_spatial_factor
     for size in config.data.sizes:
         if any(side % multiple for side in size):
             config.refuse("data.resolutions", f"{config.model.config} wants multiples of {multiple}")
