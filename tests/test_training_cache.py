@@ -18,12 +18,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from configs import load_config
 from errors import InputError, ResourceError, UsageError, WeightsError
 from preprocess.audio import read_audio
 from preprocess.video import read_frames as read_all
+from tests.test_audio_avatar import write_release
 from tests.tiny_data import write_avatar_clip, write_clip
 from training.cache import Cache, is_whole, trouble_in
 from training.clips import View, read_faces, read_frames, read_masks, read_sound, views
@@ -285,6 +288,31 @@ def test_a_model_without_the_encoder_is_refused(folder, tmp_path):
     encoders = encoders_of(config.model, CPU)
     with pytest.raises(UsageError, match="names no audio encoder, which this recipe reads"):
         Cache(tmp_path, [sound()], encoders)
+
+
+def test_encoders_of_released_files_are_those_of_the_model_in_memory(talking, tmp_path):
+    """Every part in its released layout: the same tensors; another file is another identity."""
+    heads = load_config("tiny-avatar")["image_encoder"] | {"num_attention_heads": 1}  # 80 wide or one, in a release
+    written = {"base": "tiny-avatar", "description": "one head", "tiny": True, "seed": 0, "image_encoder": heads}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(written))
+    release = tmp_path / "release"
+    write_release(release, load_config(tmp_path / "one.yaml"))
+    config = talking_config(talking, f"model.config={tmp_path / 'one.yaml'}")
+    places = (f"model.base_path={release}", f"model.pretrained_wav2vec_path={release / 'wav2vec2-base-960h'}")
+    of_files = talking_config(talking, f"model.config={tmp_path / 'one.yaml'}", *places)
+    memory, files = cache_for(config, tmp_path / "memory"), cache_for(of_files, tmp_path / "files")
+    (view, *_) = views_of(config)
+    memory.build([view])
+    files.build([view])
+    for kind in ("latents", "first_frame", "text", "image_features", "sound"):
+        for name, tensor in memory.read(kind, view).items():
+            torch.testing.assert_close(files.read(kind, view)[name], tensor, rtol=1e-4, atol=1e-4)
+    before = {name: encoder.identity for name, encoder in files.encoders.items()}
+    assert encoders_of(of_files.model, CPU)["vae"].identity == before["vae"]
+    vae = torch.load(release / "Wan2.1_VAE.pth", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in vae.items()}, release / "Wan2.1_VAE.pth")
+    after = {name: encoder.identity for name, encoder in encoders_of(of_files.model, CPU).items()}
+    assert {name for name in before if before[name] != after[name]} == {"vae"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -77,6 +77,13 @@ def test_shipped_files_are_read(file):
     assert config == read_config(file)
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_files_ask_for_nothing_that_is_not_there(file):
+    from training.start import refuse_unbuilt
+
+    refuse_unbuilt(read_config(file))
+
+
 def test_every_recipe_has_a_tiny_file():
     assert {f"tiny-{recipe}" for recipe in RECIPES} <= {file.stem for file in FILES}
     assert {read_config(f"tiny-{recipe}").recipe for recipe in RECIPES} == set(RECIPES)
