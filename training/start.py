@@ -51,6 +51,8 @@ def start(config: Config) -> list[Path]:
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config.accumulation(ranks)
+    if rank:  # the first process speaks for all
+        logger.setLevel(logging.WARNING)
     with processes(ranks) as device:
         data = first_alone(lambda: read_samples(config))
         report(config, data)
