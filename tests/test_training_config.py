@@ -196,6 +196,7 @@ def test_one_line_with_file_line_field_and_value(line, expected, tmp_path):
         ("model.config=tiny2", "--set model.config=tiny2: model.config tiny2: no such config"),
         ("model.config=wan2.2-t2v-A14B", "model.expert null: wan2.2-t2v-A14B has two experts"),
         ("recipe=avatar", "run.yaml, line 4: model.config tiny: recipe avatar trains image-to-video models"),
+        ("model.vae_path=x.pth", "--set model.vae_path=x.pth: model.vae_path x.pth: a tiny model is made"),
         ("model.expert=high", "--set model.expert=high: model.expert high: tiny has one network"),
         ("recipe=error_recycling", "error_recycling.variant is missing (which of SVI's models); accepted are shot"),
         ("train.clip.start_ratio=5", "--set train.clip.start_ratio=5: train.clip.start_ratio 5: nothing reads it"),
@@ -227,9 +228,20 @@ def test_every_field_of_another_recipe_is_refused_by_name(tmp_path):
 def value_for(field) -> str:
     """Some value that the field accepts."""
     what = field.metadata["setting"]
+    if field.type is bool:
+        return "false"
     if what.choices or what.low is None:
         return "[]" if "tuple" in str(field.type) else (what.choices or ("some text",))[0]
     return f"{what.low:g}"
+
+
+def test_files_that_the_model_would_not_read_are_refused(tmp_path):
+    path = write(tmp_path, LEAST | {"model": {"config": "wan2.1-t2v-1.3B"}})
+    with pytest.raises(UsageError, match="image_encoder_path a.pth: wan2.1-t2v-1.3B has no CLIP"):
+        read_config(path, ["model.image_encoder_path=a.pth"])
+    with pytest.raises(UsageError, match="pretrained_wav2vec_path w: of error_recycling only variant talk hears"):
+        read_config("svi-shot-14b", ["model.pretrained_wav2vec_path=w"])
+    assert read_config("avatar-1.3b", ["model.pretrained_wav2vec_path=w"]).model.pretrained_wav2vec_path == "w"
 
 
 def test_missing_fields_and_files(tmp_path):
