@@ -248,14 +248,15 @@ def check_erft_step(case) -> None:
         size = config["error_buffer_size"]
         bank = ErrorBank(Path(folder, "bank"), grids=grids, per_grid=size, storage="two_banks", dtype="fp32")
         for kind in ("noise", "video"):
-            fill(bank, kind, config["bucket"], inputs[f"{kind}_err"][:2])
-            fill(bank, kind, config["other_bucket"], inputs[f"{kind}_err"][2:])
+            given = inputs.get(f"{kind}_err", ())  # an empty bank has none
+            fill(bank, kind, config["bucket"], given[:2])
+            fill(bank, kind, config["other_bucket"], given[2:])
         trainee = recording(Trainee(transformer), seen)
         losses, errors = denoising_step(recipe, trainee, batch, draws, bank.view(), index)
-        before = len(bank)
+        before = bank.view().cells
         if config["use_error_recycling"]:
-            bank.insert(errors, choose=None)
-        case.check("bank_updated", int(len(bank) > before))
+            bank.insert(errors, choose=lambda position, kind, count: 0)
+        case.check("bank_updated", int(bank.view().cells != before))
     noisy, _, conditions, prediction = seen[0]
     sigma = table.sigmas[index].item()
     case.check("loss", losses)
