@@ -319,10 +319,14 @@ def test_the_check_lists_all_ends_with_a_table_and_exits_with_3(broken_folder):
 
 def test_a_whole_set_exits_with_0_and_bad_flags_with_2(tmp_path):
     write_clip(tmp_path / "a.mp4")
+    result = run_check(tmp_path, "--resolutions", "48x64")
+    assert result.returncode == 0 and "enlarged" not in result.stdout
     result = run_check(tmp_path)
     assert result.returncode == 0 and result.stdout.splitlines() == [
-        " samples  of layout folder, 1 s in all", "       1  480x832x1",
-    ]  # fmt: skip
+        " samples  of layout folder, 1 s in all",
+        "       1  480x832x1",
+        "       1  of them are smaller and would be enlarged",
+    ]
     assert run_check(tmp_path, "--resolutions", "64x63").returncode == 2
     assert run_check(tmp_path, "--fps", "nan").returncode == 2
     both = run_check(tmp_path, "--config", "tiny-base", "--fps", 16)

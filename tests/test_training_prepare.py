@@ -295,6 +295,13 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(with_stubs, tmp_path,
     assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in below(out))
 
 
+def test_two_runs_on_one_folder_are_kept_apart(prepared):
+    raw, out = prepared
+    with preparing.alone(out), pytest.raises(UsageError, match="another run is preparing it; wait for it"):
+        prepare(raw, "--out", out, *SMALL)
+    prepare(raw, "--out", out, *SMALL)
+
+
 # ------------------------------------------------------------------------------------------ what cannot be used
 
 

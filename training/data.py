@@ -161,6 +161,11 @@ def read_samples(config: Config) -> TrainingSet:
     kept = [sample for sample in samples if not is_held_out(sample.facts.content, config.data.holdout)]
     if not kept:
         raise InputError(f"none of {len(samples) + len(skipped)} samples can be trained on; see what is wrong above")
+    if small := [sample for sample in samples if is_enlarged(sample.facts, sample.bucket)]:
+        logger.warning(
+            "%d of %d videos are smaller than they are trained at and are enlarged, %s of %dx%d first",
+            *(len(small), len(samples), small[0].listed.video, small[0].facts.width, small[0].facts.height),
+        )
     held_out = [sample for sample in samples if is_held_out(sample.facts.content, config.data.holdout)]
     return TrainingSet(tuple(kept), tuple(held_out), tuple(s.repeat for s in config.data.sources), tuple(skipped))
 
@@ -189,6 +194,11 @@ def bucket_of(facts: Facts, wanted: Wanted) -> Bucket:
         return max(shapes) / min(shapes), -height * width
 
     return Bucket(*min(wanted.sizes, key=distance), max(n for n in wanted.frames if n <= facts.num_frames))
+
+
+def is_enlarged(facts: Facts, bucket: Bucket) -> bool:
+    """Whether a video is smaller than what it would be trained at: a network learns its blur."""
+    return facts.height < bucket.height or facts.width < bucket.width
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong
@@ -375,15 +385,17 @@ def broken_files(cache: Path) -> list[tuple[Path, str]]:
 
 def table(found: Iterable[Verdict], wanted: Wanted, layout: str) -> str:
     """How many samples each bucket has, and how many are lost to what."""
-    buckets, reasons, seconds = Counter(), Counter(), 0.0
+    buckets, reasons, seconds, enlarged = Counter(), Counter(), 0.0, 0
     for verdict in found:
         if verdict.reasons:
             reasons.update({reason.partition(":")[0] for reason in verdict.reasons})
         else:
-            buckets[bucket_of(verdict.facts, wanted)] += 1
+            buckets[bucket := bucket_of(verdict.facts, wanted)] += 1
+            enlarged += is_enlarged(verdict.facts, bucket)
             seconds += verdict.facts.num_frames / verdict.facts.fps if verdict.facts.fps else 0
     lines = [f"{'samples':>8}  of layout {layout}, {seconds:.0f} s in all"]
     lines += [f"{count:>8}  {bucket}" for bucket, count in sorted(buckets.items())]
+    lines += [f"{enlarged:>8}  of them are smaller and would be enlarged"] if enlarged else []
     lines += [f"{count:>8}  unusable: {kind}" for kind, count in reasons.most_common()]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ cannot be used is said, one line each; then the exit code is 3, and all others a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,11 @@ from training.data import quiet
 from training.identity import People, people_from_json, people_to_json, write_identity
 from training.layouts import Listed, list_folder
 from training.prepare_clips import AVATAR_SIZES, Models, PrepareSettings, make_clips
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one folder are not kept apart there
+    fcntl = None
 
 logger = logging.getLogger("selfsame")
 
@@ -182,15 +188,42 @@ def run(raw_folder: Path, out: Path, settings: PrepareSettings) -> None:
 
     Raises:
         InputError: none there; or, at the end, some that cannot be used.
+        UsageError: another run is at work in the output.
         WeightsError: lips are wanted, and antelopev2 is not there.
     """
-    from tqdm import tqdm
-
     videos = [video for video in list_folder(raw_folder) if out.resolve() not in video.video.resolve().parents]
     if not videos:
         raise InputError(f"RAW {raw_folder}: no videos there; give a folder of mp4, mov, mkv, avi or webm files")
-    models, people, troubles, skipped = None, {}, [], 0
+    with alone(out):
+        prepare_all(videos, out, settings)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs off the folder.
+
+    Raises:
+        UsageError: one is at work there.
+    """
     (out / WORK).mkdir(parents=True, exist_ok=True)
+    with open(out / WORK / "lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the file is closed
+            except BlockingIOError:
+                raise UsageError(f"--out {out}: another run is preparing it; wait for it or give another one") from None
+        yield
+
+
+def prepare_all(videos: Sequence[Listed], out: Path, settings: PrepareSettings) -> None:
+    """Prepare what is not there or has changed, and say what cannot be used.
+
+    Raises:
+        InputError: some cannot, at the end.
+    """
+    from tqdm import tqdm
+
+    models, people, troubles, skipped = None, {}, [], 0
     recognises = bool(settings.faces) and recogniser_is_there(settings.antelopv2_path)
     for raw, name in zip(tqdm(videos, "preparing", unit="video", disable=None), names_of(videos), strict=True):
         if not raw.video.is_file():
