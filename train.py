@@ -1,7 +1,7 @@
 """Train an identity, a talking avatar, a long-video LoRA, a LoRA, a whole model or a VAE, on your own videos.
 
     python train.py --config tiny-base --set data.sources='[{path: data/people}]'      a first try, on a CPU in seconds
-    python train.py --config configs/train/tiny-stand_in.yaml --dry_run                what it would train on, and stop
+    python train.py --config configs/train/tiny-stand_in.yaml --dry_run                what it will take, and stop
     torchrun --nproc_per_node 8 train.py --config my.yaml                              eight processes, the same result
 
 The same command goes on from the last checkpoint, to the bits of a run that was never stopped. Ctrl-C and SIGTERM save
@@ -12,6 +12,7 @@ Data: python -m training.data check DIR lists what is wrong with videos, python 
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from errors import run_script
@@ -28,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="train.steps=50, over the file"
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="check configuration and data, say what there is, and stop"
+        "--dry_run", action="store_true", help="check configuration and data, say what it will take, and stop"
     )
     return parser.parse_args(argv)
 
@@ -38,9 +39,11 @@ def main(args: argparse.Namespace) -> list[Path]:
     config = read_config(args.config, args.set)  # what can be refused without torch is refused before it is imported
     if args.dry_run:
         from training.data import read_samples
+        from training.estimate import estimate
 
-        data = read_samples(config)
         print(resolved_yaml(config), end="")
+        data = read_samples(config)
+        print("\n".join(estimate(config, data, int(os.environ.get("WORLD_SIZE", 1)))))
         logger.info("%d samples to train on, %d held out; nothing was trained", len(data.samples), len(data.held_out))
         return []
     from training.start import refuse_unbuilt, start
