@@ -19,8 +19,10 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -50,7 +52,8 @@ class Encoding:
         encoder: which encoder makes it.
         depends: all of a view that decides it.
         numbers: how many there are of a view, about, so that room can be asked for before anything is computed.
-        encode: makes the tensors of a view.
+        read: what of a view the encoder needs, from its files.
+        encode: the tensors of what was read.
         dtype: they are kept in.
     """
 
@@ -58,7 +61,8 @@ class Encoding:
     encoder: str
     depends: Callable[[View], object]
     numbers: Callable[[View], int]
-    encode: Callable[[nn.Module, View], Mapping[str, Tensor]]
+    read: Callable[[View], Any]
+    encode: Callable[[nn.Module, Any], Mapping[str, Tensor]]
     dtype: torch.dtype = torch.bfloat16
 
     def size(self, view: View) -> int:
@@ -133,14 +137,23 @@ class Cache:
     def _encode(self, name: str, work: Mapping[Encoding, Mapping[Path, View]], rank: int) -> int:
         encoder, made = self.encoders[name].load(), 0
         device = next(encoder.parameters()).device
-        count = sum(map(len, work.values()))
-        with torch.no_grad(), ProgressBars(rank == 0).work(f"encoding ({name})", count, "file") as bar:
-            for encoding, files in work.items():
-                for file, view in files.items():
-                    if not is_whole(file):  # another run may have been quicker
-                        write(file, encoded(encoder, encoding, view), {"kind": encoding.kind})
-                        made += 1
-                    bar.advance()
+        todo = [(encoding, file, view) for encoding, files in work.items() for file, view in files.items()]
+        bars = ProgressBars(rank == 0)
+        with (
+            torch.no_grad(),
+            ThreadPoolExecutor(1) as reader,
+            bars.work(f"encoding ({name})", len(todo), "file") as bar,
+        ):
+            coming = reader.submit(todo[0][0].read, todo[0][2])
+            for number, (encoding, file, view) in enumerate(todo):
+                what = coming.result()
+                if number + 1 < len(todo):  # read while the network is busy
+                    following, _, next_view = todo[number + 1]
+                    coming = reader.submit(following.read, next_view)
+                if not is_whole(file):  # another run may have been quicker
+                    write(file, encoded(encoder, encoding, view, what), {"kind": encoding.kind})
+                    made += 1
+                bar.advance()
         del encoder
         gc.collect()
         free_cached(device)
@@ -193,14 +206,14 @@ def share_of(file: Path, ranks: int) -> int:
     return zlib.crc32(file.name.encode()) % ranks
 
 
-def encoded(encoder: nn.Module, encoding: Encoding, view: View) -> dict[str, Tensor]:
-    """What is kept of a view.
+def encoded(encoder: nn.Module, encoding: Encoding, view: View, what: object) -> dict[str, Tensor]:
+    """What is kept of a view of which `what` was read.
 
     Raises:
         InputError: NaN or infinity, in what was computed or once it is rounded.
     """
     made = {}
-    for name, tensor in encoding.encode(encoder, view).items():
+    for name, tensor in encoding.encode(encoder, what).items():
         made[name] = tensor.to("cpu", encoding.dtype).contiguous()
         if not torch.isfinite(made[name]).all():
             raise InputError(f"{view.sample.listed.video}: its {encoding.kind} are not all numbers; leave it out")

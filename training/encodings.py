@@ -72,32 +72,49 @@ def encodings_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[En
     return found
 
 
+def whole_clip(view: View) -> Tensor:
+    """(1, 3, T, H, W) in [-1, 1]: all frames of the view."""
+    return pixels(read_frames(view))
+
+
 def latents(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """mean and std (z, f, h, w) of the video's latents: Wan and SVI train on the mean, StableAvatar on draws."""
 
-    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
-        mean, std = vae.posterior(pixels(read_frames(view)))
+    def encode(vae: WanVAE, clip: Tensor) -> Mapping[str, Tensor]:
+        mean, std = vae.posterior(clip)
         return {"mean": mean[0], "std": std[0]}
 
-    return Encoding("latents", "vae", of_view, lambda view: 2 * latent_numbers(view, channels, factor), encode, dtype)
+    def numbers(view: View) -> int:
+        return 2 * latent_numbers(view, channels, factor)
+
+    return Encoding("latents", "vae", of_view, numbers, whole_clip, encode, dtype)
 
 
 def first_frame(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """latents (z, f, h, w) of the first frame followed by gray: an image-to-video model's condition."""
 
-    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
-        clip = pixels(read_frames(view))
+    def read(view: View) -> Tensor:
+        clip = whole_clip(view)
         clip[:, :, 1:] = 0
+        return clip
+
+    def encode(vae: WanVAE, clip: Tensor) -> Mapping[str, Tensor]:
         return {"latents": vae.encode(clip)[0]}
 
-    return Encoding("first_frame", "vae", of_view, lambda view: latent_numbers(view, channels, factor), encode, dtype)
+    def numbers(view: View) -> int:
+        return latent_numbers(view, channels, factor)
+
+    return Encoding("first_frame", "vae", of_view, numbers, read, encode, dtype)
 
 
 def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """latents (K, z, 1, h, w) of the pictures of the person's face, in the order of `find_faces`."""
 
-    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
-        return {"latents": torch.cat([vae.encode(pixels(face[None])) for face in read_faces(view.sample)])}
+    def read(view: View) -> list[Tensor]:
+        return [pixels(face[None]) for face in read_faces(view.sample)]
+
+    def encode(vae: WanVAE, pictures: list[Tensor]) -> Mapping[str, Tensor]:
+        return {"latents": torch.cat([vae.encode(picture) for picture in pictures])}
 
     def numbers(view: View) -> int:
         return len(find_faces(view.sample.listed.faces)) * channels * (FACE // factor) ** 2
@@ -105,7 +122,7 @@ def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat
     def of_faces(view: View) -> list:
         return [view.sample.facts.content, view.sample.facts.beside]
 
-    return Encoding("faces", "vae", of_faces, numbers, encode, dtype)
+    return Encoding("faces", "vae", of_faces, numbers, read, encode, dtype)
 
 
 def svi_conditions(config: Config, **size: object) -> list[Encoding]:
@@ -138,10 +155,12 @@ def svi_condition(
     picture, that is any frame of the clip (SVI's `train_svi.py`).
     """
 
-    def encode(vae: WanVAE, view: View) -> Mapping[str, Tensor]:
-        clip = pixels(read_frames(view))
-        chosen = reference_frame(view)
-        reference = clip[:, :, chosen : chosen + 1] if padding == "reference" else None
+    def read(view: View) -> tuple[Tensor, Tensor | None]:
+        clip, chosen = whole_clip(view), reference_frame(view)
+        return clip, clip[:, :, chosen : chosen + 1] if padding == "reference" else None
+
+    def encode(vae: WanVAE, what: tuple[Tensor, Tensor | None]) -> Mapping[str, Tensor]:
+        clip, reference = what
         condition = frames_to_condition(
             vae, clip[:, :, :motion_frames], clip.shape[2], reference=reference, marks_all=mask == "motion_frames"
         )
@@ -153,7 +172,7 @@ def svi_condition(
     def numbers(view: View) -> int:
         return latent_numbers(view, channels + 4, factor)
 
-    return Encoding(kind, "vae", decides, numbers, encode, dtype)
+    return Encoding(kind, "vae", decides, numbers, read, encode, dtype)
 
 
 def reference_frame(view: View) -> int:
@@ -165,40 +184,52 @@ def reference_frame(view: View) -> int:
 def image_features(width: int = 1280, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """features (257, D) of CLIP of the first frame."""
 
-    def encode(encoder: ImageEncoder, view: View) -> Mapping[str, Tensor]:
-        return {"features": encoder(pixels(read_frames(view)[:1])[:, :, 0])[0]}
+    def read(view: View) -> Tensor:
+        return pixels(read_frames(view)[:1])[:, :, 0]
 
-    return Encoding("image_features", "image", of_view, lambda view: 257 * width, encode, dtype)
+    def encode(encoder: ImageEncoder, picture: Tensor) -> Mapping[str, Tensor]:
+        return {"features": encoder(picture)[0]}
+
+    return Encoding("image_features", "image", of_view, lambda view: 257 * width, read, encode, dtype)
 
 
 def text(width: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """states (n, D) of the caption: the real rows alone, the transformer pads them itself."""
 
-    def encode(encoder: TextEncoder, view: View) -> Mapping[str, Tensor]:
-        return {"states": encoder.encode_prompts([view.sample.listed.caption])[0]}
+    def read(view: View) -> str:
+        return view.sample.listed.caption
+
+    def encode(encoder: TextEncoder, caption: str) -> Mapping[str, Tensor]:
+        return {"states": encoder.encode_prompts([caption])[0]}
 
     def numbers(view: View) -> int:
         return width * min(len(view.sample.listed.caption) // 3 + 2, MAX_TOKENS)  # a token has four letters or so
 
-    return Encoding("text", "text", lambda view: clean_prompt(view.sample.listed.caption), numbers, encode, dtype)
+    def decides(view: View) -> str:  # what the encoder makes of it first
+        return clean_prompt(view.sample.listed.caption)
+
+    return Encoding("text", "text", decides, numbers, read, encode, dtype)
 
 
 def sound(dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """features (L, D), 50 a second, of the window's sound, each window normalised by itself as in StableAvatar."""
 
-    def encode(encoder: AudioEncoder, view: View) -> Mapping[str, Tensor]:
-        return {"features": encoder.last_hidden_state(read_sound(view))[0]}
+    def encode(encoder: AudioEncoder, samples: numpy.ndarray) -> Mapping[str, Tensor]:
+        return {"features": encoder.last_hidden_state(samples)[0]}
 
     def numbers(view: View) -> int:
         return 768 * int(51 * view.bucket.frames / view.sample.facts.fps)
 
-    return Encoding("sound", "audio", of_sound, numbers, encode, dtype)
+    return Encoding("sound", "audio", of_sound, numbers, read_sound, encode, dtype)
 
 
 def sound_layers(dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """features (F, layers, D): every layer's output for each frame of the window, as MultiTalk's layers take them."""
 
-    def encode(encoder: AudioEncoder, view: View) -> Mapping[str, Tensor]:
-        return {"features": encoder.hidden_states(read_sound(view), view.bucket.frames)}
+    def read(view: View) -> tuple[numpy.ndarray, int]:
+        return read_sound(view), view.bucket.frames
 
-    return Encoding("sound_layers", "audio", of_sound, lambda view: 12 * 768 * view.bucket.frames, encode, dtype)
+    def encode(encoder: AudioEncoder, what: tuple[numpy.ndarray, int]) -> Mapping[str, Tensor]:
+        return {"features": encoder.hidden_states(*what)}
+
+    return Encoding("sound_layers", "audio", of_sound, lambda view: 12 * 768 * view.bucket.frames, read, encode, dtype)
