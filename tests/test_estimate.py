@@ -5,15 +5,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs import FOLDER, load_config
 from models.wan.config import VARIANTS, WanConfig
+from pipelines.networks import shape_of
 from tests import tiny
 from tests.test_training_build import config_of
 from training.build import load_trainee
+from training.config import read_config
 from training.estimate import count_parameters, forward_arithmetic, memory_parts, size_of, tokens_of
 from training.recipes.base import Conditions
 from training.sampler import Bucket
 from training.trainee import TrainableStandIn, Trainee
 
+FILES = sorted((FOLDER / "train").glob("*.yaml"))
 CPU = torch.device("cpu")
 FULL = Bucket(480, 832, 81)
 
@@ -83,6 +87,18 @@ def test_figures_of_the_released_sizes():
     forward = forward_arithmetic(small, 32760)
     figures = [forward.linear + forward.attention, forward.step(True), forward.hardware(True, "full")]
     assert [value / 1e15 for value in figures] == pytest.approx([0.283, 0.85, 1.23], rel=0.01)
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_every_shipped_configuration_can_be_estimated(file):
+    config = read_config(file, ["data.sources=[{path: data}]"])
+    if config.recipe == "vae":
+        return
+    counts = count_parameters(config)
+    height, width = config.data.sizes[0]
+    tokens = tokens_of(Bucket(height, width, max(config.data.frames)), shape_of(load_config(config.model.config)))
+    assert 0 < counts.trained <= counts.transformer + counts.adapters + counts.lora
+    assert sum(memory_parts(config, counts, tokens).values()) < 141e9  # an H200, with nothing offloaded
 
 
 def test_memory_of_a_lora_of_14b(tmp_path):

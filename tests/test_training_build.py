@@ -60,6 +60,17 @@ def test_every_tiny_config_can_be_built(file, tmp_path):
     assert (bank_of(config, 0, 0) is None) == (config.error_recycling is None)
 
 
+def test_machines_that_share_a_disk_have_banks_of_their_own(tmp_path, monkeypatch):
+    config = config_of(tmp_path, "error_recycling")
+    first = bank_of(config, rank=0, local_rank=0)
+    monkeypatch.setenv("GROUP_RANK", "1")
+    second, reader = bank_of(config, rank=8, local_rank=0), bank_of(config, rank=9, local_rank=1)
+    assert first.folder != second.folder == reader.folder
+    assert (first.writes, second.writes, reader.writes) == (True, True, False)
+    own = config_of(tmp_path, "error_recycling", "error_recycling.scope=per_rank")
+    assert len({bank_of(own, rank, rank).folder for rank in range(3)}) == 3 and bank_of(own, 2, 2).writes
+
+
 def test_settings_reach_the_recipe(tmp_path):
     sets = ["error_recycling.p.noise=0.3", "error_recycling.p.clean=0.6", "error_recycling.image_frames=2"]
     recipe = recipe_of(config_of(tmp_path, "error_recycling", *sets, "train.noise.shift=3"))

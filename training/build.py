@@ -5,6 +5,7 @@ trainee = load_trainee(config, device)
 run = Run(config, partial(denoising_step, recipe, trainee), …, *optimizer_of(config, trainee))
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -288,15 +289,15 @@ def optimizer_of(config: Config, trainee: torch.nn.Module) -> tuple[Masters, tor
 
 
 def bank_of(config: Config, rank: int, local_rank: int) -> ErrorBank | None:
-    """The error bank of a run that recycles errors. With one bank for all, the first process of each machine writes
-    that machine's files.
+    """The error bank of a run that recycles errors. With one bank for all, each machine has a copy, which its first
+    process writes; machines may share a disk, so that each has a folder of its own.
     """
     own = config.error_recycling
     if own is None:
         return None
-    per_rank = own.scope == "per_rank"
+    per_rank, machine = own.scope == "per_rank", os.environ.get("GROUP_RANK", "0")  # torchrun's number of the machine
     return ErrorBank(
-        Path(config.output) / (f"bank-{rank}" if per_rank else "bank"),
+        Path(config.output) / (f"bank-{rank}" if per_rank else "bank" if machine == "0" else f"bank.machine{machine}"),
         grids=own.grids,
         per_grid=own.per_grid,
         replace=own.replace,
