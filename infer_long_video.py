@@ -10,6 +10,7 @@
     … --variant talk --ref_image_path me.jpg --audio_path speech.wav    as long as the speech, with its sound
     … --variant dance --ref_image_path me.jpg --pose_path poses.mp4     a frame for each drawn pose
     … --variant talk --audio_path speech.wav --pose_path poses.mp4 …    speech and poses at once
+    … --reference_video pose.mp4 --vace_path branch.safetensors …       controlled frame by frame, by a VACE branch
     … --extend film.mp4 --prompt "She stands up and leaves"             goes on from a video, whose frames stay
     … --first_frame instantid --ip_image me.jpg --prompt "A woman in a café looks up"    the photo in a scene
     python infer_long_video.py --config out.json --output again.mp4

@@ -199,6 +199,31 @@ def load_vace(
     )
 
 
+def load_vace_branch(
+    path: str | Path,
+    transformer: WanTransformer,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    vace_layers: Sequence[int] | None = None,
+    fp8: bool = False,
+    hint: str = "",
+) -> VaceBranch:
+    """The branch of a VACE checkpoint for a transformer that was read already; what else the files hold is passed over.
+
+    Args and errors as of `load_vace`.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    _, branch = split_vace(original_names(read_tensors(path, hint=hint)))
+    if not branch:
+        raise WeightsError(f"--vace_path {path}: no VACE weights in it (keys vace_blocks.0.…); {hint or 'give others'}")
+    folder = path if path.is_dir() else path.parent
+    layers = stated_layers(folder) or vace_layers
+    return branch_from_tensors(branch, transformer, layers, dtype=dtype, device=device, fp8=fp8, source=folder)
+
+
 def split_vace(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A state dict with original names -> the base transformer's part and the VACE branch's."""
     base = {name: tensor for name, tensor in tensors.items() if not name.startswith("vace_")}

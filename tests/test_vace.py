@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 import infer
 import infer_with_vace
+from configs import load_config
 from errors import InputError, UserError, WeightsError
-from models.vace import default_layers, load_vace
+from models.vace import default_layers, load_vace, load_vace_branch
 from models.wan.checkpoint import convert_names, to_diffusers_name
 from models.wan.schedulers import get_schedule
 from models.wan.tea_cache import TeaCache
@@ -215,6 +216,18 @@ def test_every_layout_gives_the_same_network(tmp_path):
         state = transformer.state_dict() | branch.state_dict()
         assert state.keys() == whole.keys(), path
         assert all(torch.equal(state[name], whole[name]) for name in whole), path
+
+
+def test_a_branch_is_read_for_another_base(tmp_path):
+    """Of a released file the branch alone, beside an image-to-video transformer of its width."""
+    whole = checkpoint()
+    save_file(whole, tmp_path / "whole.safetensors")
+    base = tiny_transformer(load_config("tiny-i2v"))
+    branch = load_vace_branch(tmp_path / "whole.safetensors", base, dtype=torch.float32)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in branch.state_dict().items())
+    with pytest.raises(WeightsError, match="--vace_path .*no VACE weights"):
+        save_file(base.state_dict(), tmp_path / "base.safetensors")
+        load_vace_branch(tmp_path / "base.safetensors", base)
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -13,7 +13,14 @@ from errors import UsageError
 from pipelines.command import resolve_settings
 from pipelines.earlier_run import is_record
 from pipelines.flags import check_bounds, described, given_by
-from pipelines.long_video.media import count_clips, follow_driver, follow_picture, next_seed, read_picture
+from pipelines.long_video.media import (
+    count_clips,
+    follow_control,
+    follow_driver,
+    follow_picture,
+    next_seed,
+    read_picture,
+)
 from pipelines.long_video.settings import DRIVERS, LongVideoCommand, LongVideoSettings
 from pipelines.long_video.variant import (
     FILMS,
@@ -26,6 +33,7 @@ from pipelines.long_video.variant import (
 )
 from pipelines.lora_command import brought_defaults, check_lora_settings
 from pipelines.lora_settings import EXPERTS
+from pipelines.settings import is_tiny
 from pipelines.text_to_video.command import check_first_frame
 from pipelines.upstream import conditioning_as_trained, read_svi_command, variant_like
 from preprocess.prompts import read_prompt_stream
@@ -72,6 +80,7 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     picture = None if settings.first_frame else read_picture(settings, config)
     settings = follow_picture(settings, picture, None if resumed else (given.get("height"), given.get("width")))
     settings = follow_driver(settings, rate_is_given=resumed or "fps" in given)
+    settings = follow_control(settings)
     settings = count_clips(settings, config)
     if settings.boundary is not None:
         config = config | {"boundary": settings.boundary}
@@ -160,6 +169,7 @@ def check_long_video(settings: LongVideoSettings, config: dict) -> None:
     if settings.first_frame is None and settings.face_index is not None:
         raise UsageError("--face_index: says whose face of --ip_image --first_frame shows; give that too")
     check_driver(settings, variant)
+    check_control(settings, config)
 
 
 def check_driver(settings: LongVideoSettings, variant: Variant) -> None:
@@ -185,6 +195,25 @@ def check_driver(settings: LongVideoSettings, variant: Variant) -> None:
             )
         if settings.extend is not None:
             raise UsageError("--extend with --audio_path: no sound can go on from a video's; leave it out")
+
+
+def check_control(settings: LongVideoSettings, config: dict) -> None:
+    """Whether the base has a branch that reads the control video."""
+    if settings.reference_video is None:
+        for name in ("vace_path", "vace_scale"):
+            if getattr(settings, name) is not None:
+                raise UsageError(f"--{name}: needs --reference_video, the control of the clips")
+        return
+    if config.get("experts"):
+        raise UsageError(
+            f"--reference_video: {config['name']} has two experts, and VACE was made for one model; use a variant of "
+            "Wan2.1 (shot, film, 2.0-wan2.1, …)"
+        )
+    if settings.vace_path is None and not is_tiny(settings, config):
+        raise UsageError(
+            "--reference_video: VACE was released for text-to-video models, SVI runs on image-to-video; give a branch "
+            "that was trained for it (--vace_path), or control a video without SVI: infer_with_vace.py"
+        )
 
 
 def with_svi_loras(settings: LongVideoSettings, config: dict) -> LongVideoSettings:

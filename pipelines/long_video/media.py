@@ -137,6 +137,27 @@ def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideo
     return dataclasses.replace(settings, num_clips=num_clips, video_frames=video_frames)
 
 
+def follow_control(settings: LongVideoSettings) -> LongVideoSettings:
+    """As many clips as the control lasts, where neither the user nor sound and poses say how many; a VACE strength.
+    Frames are taken one by one, at whatever rate they were.
+    """
+    if settings.reference_video is None:
+        return settings
+    scale = 1.0 if settings.vace_scale is None else settings.vace_scale
+    settings = dataclasses.replace(settings, vace_scale=scale)
+    info = probe_argument("--reference_video", settings.reference_video)
+    if info.fps != settings.fps:
+        logger.info("--reference_video: of %g frames a second, the video has %g", info.fps, settings.fps)
+    needed = clips_for(info.num_frames, settings.svi.chain(settings.num_frames))
+    if settings.num_clips is None:
+        return dataclasses.replace(settings, num_clips=needed, video_frames=info.num_frames)
+    if settings.num_clips > needed:
+        logger.warning(
+            "--reference_video: lasts for %d of %d clips; the others are made without it", needed, settings.num_clips
+        )
+    return settings
+
+
 @functools.lru_cache(maxsize=1)
 def read_speech(path: str) -> numpy.ndarray:
     """The speech (N,) at 16 kHz. Kept, for the length of the video and then for what it says, until `cache_clear`."""

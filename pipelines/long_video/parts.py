@@ -20,6 +20,7 @@ from pipelines.long_video.settings import LongVideoSettings
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.settings import is_tiny
+from pipelines.vace.part import vace_branch_part
 from pipelines.wan import Wan
 from pipelines.weights import WeightsFile
 from preprocess.audio import SAMPLE_RATE, normalize_loudness
@@ -28,9 +29,10 @@ LAYERS, AUDIO_ENCODER, DANCE = "multitalk", "chinese-wav2vec2-base", "svi-dance"
 
 
 def driving_parts(settings: LongVideoSettings, config: dict) -> list[Part]:
-    """The parts of what drives a video's clips: of speech, of poses, or of both."""
+    """The parts of what leads a video's clips: of speech, of poses, of a control video, or of all."""
     parts = {"audio": multitalk_part, "pose": pose_embedder_part}
-    return [parts[driver](settings, config) for driver in settings.drivers]
+    control = [] if settings.reference_video is None else [vace_branch_part(settings, config)]
+    return [*(parts[driver](settings, config) for driver in settings.drivers), *control]
 
 
 # ------------------------------------------------------------------------------------------------------------- speech

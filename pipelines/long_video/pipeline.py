@@ -37,8 +37,10 @@ from pipelines.long_video.dance import open_poses, pose_plugins
 from pipelines.long_video.settings import LongVideoSettings
 from pipelines.long_video.talk import BRANCHES, open_speech, speech_guidance, speech_plugins
 from pipelines.memory import stage
+from pipelines.vace.control import Control, encode_control, read_control_frames
 from pipelines.video import decode, denoise_with_resume, describe, open_video, progress, ran_with, write_frames
 from pipelines.wan import Wan
+from pipelines.windows import Window
 from preprocess.image import read_image
 from preprocess.progress_bars import Bar, ProgressBars
 from preprocess.video import VideoInfo, probe, stream_frames
@@ -87,7 +89,7 @@ def open_existing(settings: LongVideoSettings) -> Existing:
 class LongVideoMaker:
     """Makes the long video of each job.
 
-    Speech and poses drive its clips where the settings name them, both at once if they do.
+    Speech, poses and a control video lead its clips where the settings name them, all at once if they do.
 
     Args:
         wan: the model.
@@ -167,18 +169,22 @@ class LongVideoMaker:
         self.use_svi(clip.index > 0 or not settings.first_clip_without_lora)
         condition, image_features = self.condition_of(handed, is_last=clip is store.clips[-1])
         poses = [] if self.poses is None else pose_plugins(wan, self.poses, clip)
+        control = self.control_of(clip)  # (1, 96, F, h, w), or None
         positive, negative = self.text[clip.prompt], self.text[settings.negative_prompt]
 
         def expert(number: int, transformer: WanTransformer) -> Expert:
+            plugins = [*poses]
+            if control is not None:
+                plugins.append(wan.part("vace").plugin(control, settings.vace_scale))
             if self.speech is None:
-                seen = {"image_features": image_features, "plugins": poses}
+                seen = {"image_features": image_features, "plugins": plugins}
                 return guided_by_text(wan, schedule, number, transformer, positive, negative, **seen)
             prompts = (prompt_of(wan, states, image_features) for states in (positive, negative))
             return Expert(
                 transformer,
                 branch_prompts(*prompts),
                 speech_guidance(settings),
-                [*wan.plugins(), *poses],
+                [*wan.plugins(), *plugins],
                 tea_caches(wan, schedule, BRANCHES),
                 speech_plugins(wan, self.speech, clip),
             )
@@ -222,6 +228,15 @@ class LongVideoMaker:
                 end=self.end if is_last else None,
             ).y.to(device)
         return condition, self.wan.encode_images([frames[:, :, 0]], keep=not is_last)
+
+    def control_of(self, clip: Clip) -> Tensor | None:
+        """What of the control video a clip is given, as VACE's branch reads it: the frames of the same moments."""
+        settings = self.settings
+        if settings.reference_video is None:
+            return None
+        window = range(clip.start, clip.start + settings.num_frames)
+        frames = read_control_frames(settings.reference_video, window, settings.height, settings.width)
+        return encode_control(self.wan, self.bars, Control(frames, None, ()), Window(0, settings.num_frames))
 
     def use_svi(self, wanted: bool) -> None:
         """Run with SVI's LoRA, or without; those beside it stay."""

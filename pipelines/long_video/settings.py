@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipelines.clip_plan import PROMPT_REPEATS, Clip, plan_clips, prompts_of_clips
-from pipelines.flags import CONFIG, MEDIA, NOTHING, WEIGHTS, again, names_of, setting
+from pipelines.flags import BESIDE_BASE, CONFIG, MEDIA, NOTHING, WEIGHTS, again, names_of, setting
 from pipelines.long_video.variant import TRAINED_FRAMES, Variant, variant_config
 from pipelines.lora_settings import EXPERTS, Loras, LoraSettings
 from pipelines.settings import Face, Guidance, Photos, Prompts, Sampling, VideoSize
 from pipelines.text_to_video.settings import FirstFrameSettings
 from pipelines.upstream import SviCommand
+from pipelines.vace.settings import VaceControl
 
 GRID = 16  # pixels of a token's side
 MOST_CLIPS = 10_000
@@ -18,7 +19,7 @@ DRIVERS = {"audio": "audio_path", "pose": "pose_path"}  # what drives a variant,
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongVideoSettings(FirstFrameSettings, LoraSettings):
+class LongVideoSettings(VaceControl, FirstFrameSettings, LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
@@ -94,6 +95,14 @@ class LongVideoSettings(FirstFrameSettings, LoraSettings):
         path=WEIGHTS,
         shown="in the LoRA's file, or the released one",
     )
+    vace_path: str | None = again(
+        VaceControl,
+        "vace_path",
+        help="file or folder of a VACE branch for the model",
+        path=BESIDE_BASE,
+        shown="none is released for image-to-video",
+    )
+    vace_scale: float | None = again(VaceControl, "vace_scale", shown="1")
     remove_pose: bool = setting("dance: poses say how long it is, and lead nothing", False)
     video_frames: int | None = setting(
         "where the video ends",

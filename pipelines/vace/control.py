@@ -67,13 +67,21 @@ def read_control(settings: VaceSettings, demonstrate: bool = False) -> Control:
     chosen = list(range(settings.num_frames))
     if settings.resample_control:
         chosen, _ = spread_frames(info.num_frames, info.fps, settings.num_frames)
-    # One by one: the video may be much larger, and longer, than what is made of it.
-    stream = itertools.islice(stream_frames(settings.reference_video), chosen[-1] + 1)
-    wanted = set(chosen)
-    frames = numpy.concatenate([cover_frames(f[None], *size).numpy() for i, f in enumerate(stream) if i in wanted])
+    frames = read_control_frames(settings.reference_video, chosen, *size)
     if mask is not None:
         mask = cover_frames(mask[chosen][..., None], *size)[..., 0].numpy()
     return Control(frames, mask, references)
+
+
+def read_control_frames(path: str, chosen: Sequence[int], height: int, width: int) -> numpy.ndarray:
+    """Chosen frames of a control video at a size, (len(chosen), H, W, 3) uint8, in their order; those that lie beyond
+    its end are left out.
+
+    One by one: the video may be much larger, and longer, than what is made of it.
+    """
+    wanted, stream = set(chosen), itertools.islice(stream_frames(path), chosen[-1] + 1)
+    frames = [cover_frames(frame[None], height, width).numpy() for i, frame in enumerate(stream) if i in wanted]
+    return numpy.concatenate(frames) if frames else numpy.zeros((0, height, width, 3), numpy.uint8)
 
 
 def encode_control(

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from configs import download_command, load_config
 from errors import WeightsError
-from models.vace import VaceBranch, load_vace
+from models.vace import VaceBranch, load_vace, load_vace_branch
 from models.wan.checkpoint import weight_files
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
 from pipelines.networks import shape_of
-from pipelines.parts import Part, Reading
+from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.settings import is_tiny
-from pipelines.vace.settings import VaceSettings
+from pipelines.vace.settings import VaceControl, VaceSettings
 from pipelines.weights import WeightsFile
 
 
@@ -45,6 +45,23 @@ def vace_part(settings: VaceSettings, config: dict) -> Part:
 
     folder = path.parent if path.is_file() else path
     return Part("vace", files, build=build, load_both=read_both, release=release, folder=folder, encodes=True)
+
+
+def vace_branch_part(settings: VaceControl, config: dict) -> Part:
+    """The branch alone, from --vace_path, for whatever transformer the config has."""
+    if is_tiny(settings, config):
+        return Part("vace", (), partial(_load_tiny, config), lambda shape: tiny.tiny_vace(config), encodes=True)
+    load_branch = partial(load_vace_branch, settings.vace_path)
+
+    def build(shape: WanConfig) -> VaceBranch:
+        return load_branch(meta_transformer(shape), device="meta")
+
+    def load(transformer: WanTransformer, reading: Reading) -> VaceBranch:
+        return load_branch(transformer, **reading.options)
+
+    read = partial(build, shape_of(config))
+    files = [WeightsFile("VACE", "--vace_path", Path(settings.vace_path), config["name"], read=read)]
+    return Part("vace", files, load, build, encodes=True)
 
 
 def branch_of(vace_layers: Sequence[int], shape: WanConfig) -> VaceBranch:

@@ -12,13 +12,11 @@ BESIDE_IDENTITY = 0.8  # the default of --vace_scale where there are photos, as 
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaceSettings(LoraSettings):
-    """What a VACE run adds to `LoraSettings`. Photos of a person are optional here."""
+class VaceControl:
+    """A video that controls another, frame by frame, by VACE's branch."""
 
-    script: ClassVar[str] = "infer_with_vace.py"
     title: ClassVar[str] = "control"
 
-    ip_image: tuple[str, ...] = again(Photos, "ip_image", default=())
     vace_path: str | None = setting(
         "VACE weights, file or folder; alone or with their base (else --base_path)",
         None,
@@ -29,13 +27,23 @@ class VaceSettings(LoraSettings):
     reference_video: str | None = setting(
         "control: pose, depth, sketch, or a video to paint in", None, metavar="VIDEO", path=MEDIA
     )
+    vace_scale: float | None = setting(
+        "of the control: 1 as trained, 0 none", None, low=0, high=10, shown=f"1; with --ip_image {BESIDE_IDENTITY:g}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceSettings(VaceControl, LoraSettings):
+    """What a VACE run adds to `LoraSettings`. Photos of a person are optional here."""
+
+    script: ClassVar[str] = "infer_with_vace.py"
+    title: ClassVar[str] = "control"
+
+    ip_image: tuple[str, ...] = again(Photos, "ip_image", default=())
     reference_mask: str | None = setting(
         "video or picture; white is made, black is kept", None, metavar="FILE", path=MEDIA
     )
     reference_image: tuple[str, ...] = setting("things to show, in this order", (), metavar="PICTURE", path=MEDIA)
-    vace_scale: float | None = setting(
-        "of the control: 1 as trained, 0 none", None, low=0, high=10, shown=f"1; with --ip_image {BESIDE_IDENTITY:g}"
-    )
     resample_control: bool = setting(
         "spread --num_frames frames over the whole control video, at most as large as the model's size", False
     )
