@@ -1,7 +1,9 @@
 """The batches of a run: what every recipe reads is there, and neither threads nor processes change any of it."""
 
+import gc
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -9,6 +11,10 @@ import pytest
 import torch
 
 from errors import InputError
+from models.audio_encoder import AudioEncoder
+from models.wan.image_encoder import ImageEncoder
+from models.wan.text_encoder import TextEncoder
+from models.wan.vae import WanVAE
 from tests.tiny_data import write_avatar_clip, write_clip
 from training.batches import Batches, BatchMaker, build_cache, furthest_face, rows_of_sound, with_rows
 from training.build import load_trainee, recipe_of
@@ -158,6 +164,26 @@ def test_every_recipe_takes_its_batches(folder, people, talking, dancing, tmp_pa
     run_once(config_for("error_recycling", talking, *two, *talk, layout="stableavatar"), tmp_path)
     dance = ("error_recycling.variant=dance", "data.resolutions=64x64")
     run_once(config_for("error_recycling", dancing, *two, *dance, layout="svi"), tmp_path)
+
+
+def test_no_encoder_is_asked_once_all_is_encoded(talking, tmp_path, monkeypatch):
+    """Spec check 13: what a step reads comes from files; no frozen network is loaded, called, or alive."""
+    before = encoders_alive()  # other tests may hold some
+    config = config_for("avatar", talking, "train.global_batch=2", layout="stableavatar")
+    found, cache = ready(config, tmp_path)
+    for name, encoder in list(cache.encoders.items()):
+        cache.encoders[name] = replace(encoder, load=lambda: pytest.fail("an encoder is loaded"))
+    for kind in (WanVAE, TextEncoder, ImageEncoder, AudioEncoder):
+        monkeypatch.setattr(kind, "__call__", lambda *_: pytest.fail("an encoder is called"))
+    assert build_cache(cache, config, found) == 0
+    with Batches(config, found, cache) as batches:
+        assert [len(list(batches(step))) for step in range(3)] == [2, 2, 2]
+    assert encoders_alive() <= before
+
+
+def encoders_alive() -> int:
+    gc.collect()
+    return sum(isinstance(thing, (WanVAE, TextEncoder, ImageEncoder, AudioEncoder)) for thing in gc.get_objects())
 
 
 def test_a_talking_avatars_batch(talking, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from errors import InputError
 from tests.tiny_data import write_avatar_clip, write_captions, write_clip, write_sound
 from training import data
@@ -351,6 +352,18 @@ def test_bad_samples_are_refused_or_skipped(broken_folder):
     found = read_samples(config_for(root, sets=["data.bad=skip"]))
     assert [sample.name for sample in found.samples] == ["good.mp4"] and len(found.skipped) == 9
     assert found.samples[0].bucket == Bucket(64, 64, 9)
+
+
+def test_a_broken_set_trains_where_bad_samples_are_skipped(broken_folder, tmp_path):
+    """Spec check 7, to its end: refused by itself, trained on with `bad: skip`."""
+    root, _ = broken_folder
+    sets = ["train.steps=1", "train.global_batch=1", "data.holdout=0", "log.tensorboard=false"]
+    sets += [f"data.sources=[{{path: {root}}}]", f"output={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
+    flags = ["--config", "tiny-base", *(part for each in sets for part in ("--set", each))]
+    with pytest.raises(InputError, match="9 of 10 samples cannot be used"):
+        train.main(train.parse_args(flags))
+    (exported,) = train.main(train.parse_args([*flags, "--set", "data.bad=skip"]))
+    assert exported.is_file()
 
 
 def test_nothing_is_measured_twice(tmp_path, monkeypatch):
