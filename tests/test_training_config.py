@@ -244,6 +244,11 @@ def test_files_that_the_model_would_not_read_are_refused(tmp_path):
     assert read_config("avatar-1.3b", ["model.pretrained_wav2vec_path=w"]).model.pretrained_wav2vec_path == "w"
 
 
+def test_svi_pro_is_refused_before_anything_is_read():
+    with pytest.raises(UsageError, match="variant pro: its authors published no training"):
+        read_config("svi-shot-14b", ["error_recycling.variant=pro"])
+
+
 def test_missing_fields_and_files(tmp_path):
     assert refused(tmp_path, {"output": "x"}) == (
         "run.yaml: recipe is missing (what is trained); accepted are base, vae, stand_in, avatar, error_recycling"

@@ -358,6 +358,9 @@ def check_together(config: Config) -> None:
         config.refuse("validate.metrics", "nothing reads it without validate.samples; give a prompt there")
     if config.validate.videos_every and not config.validate.samples:
         config.refuse("validate.videos_every", "nothing reads it without validate.samples; give a prompt there")
+    if config.error_recycling is not None and config.error_recycling.variant == "pro":
+        why = "its authors published no training, and what it learns from two clips is not known; give shot, film, …"
+        config.refuse("error_recycling.variant", why)
     check_model(config)
 
 

@@ -128,14 +128,8 @@ def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat
 def svi_conditions(config: Config, **size: object) -> list[Encoding]:
     """What SVI's variants are told of the clip before: y with one motion frame, and with all of them where the variant
     has more.
-
-    Raises:
-        UsageError: 2.0 Pro, whose clips come in pairs that no layout of videos gives.
     """
-    variant = config.error_recycling.variant
-    if variant == "pro":
-        config.refuse("error_recycling.variant", "needs pairs of clips that follow each other; give shot, film, …")
-    svi = load_config(f"svi-{variant}")["svi"]
+    svi = load_config(f"svi-{config.error_recycling.variant}")["svi"]
     found = [svi_condition("condition", 1, svi["padding"], svi["mask"], **size)]
     if svi["motion_frames"] > 1:
         found.append(svi_condition("condition_motion", svi["motion_frames"], svi["padding"], svi["mask"], **size))
