@@ -164,10 +164,17 @@ def test_a_dry_run_trains_nothing(videos, tmp_path, capsys):
     assert "recipe: base" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("setting", ["memory.offload=blocks", "memory.store_bf16=true", "log.wandb=mine"])
+@pytest.mark.parametrize("setting", ["memory.offload=blocks", "log.wandb=mine"])
 def test_what_a_run_would_not_heed_is_refused(setting):
     with pytest.raises(UsageError, match=setting.split("=")[0]):
         refuse_unbuilt(read_config("tiny-base", [setting]))
+
+
+@pytest.mark.parametrize("setting", ["memory.offload=checkpoints", "memory.store_bf16=true"])
+def test_what_checkpointing_keeps_is_read_with_checkpointing_alone(setting):
+    refuse_unbuilt(read_config("tiny-base", [setting]))
+    with pytest.raises(UsageError, match="memory.checkpointing is none"):
+        refuse_unbuilt(read_config("tiny-base", [setting, "memory.checkpointing=none"]))
 
 
 def test_a_bad_command_is_one_line():

@@ -1,5 +1,6 @@
 """From a configuration to networks, and from trained networks to the files that the scripts take."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from models.pose_embedder import load_pose_embedder
 from models.wan.checkpoint import load_transformer
 from pipelines.networks import shape_of
 from tests import tiny
+from training.block_memory import waiting_input
 from training.build import bank_of, load_trainee, noise_table_of, optimizer_of, recipe_of
 from training.config import Config, read_config
 from training.export import export
@@ -106,10 +108,9 @@ def test_what_is_frozen_is_kept_as_asked(tmp_path):
 def test_checkpointing_changes_no_gradient(tmp_path, recipe):
     """Also of what blocks are given from outside: the reference's keys and values, the audio's."""
     found = []
-    for kind in ("none", "full", "attention"):
-        trainee = load_trainee(
-            config_of(tmp_path, recipe, "model.base_dtype=fp32", f"memory.checkpointing={kind}"), CPU
-        )
+    for kind, offload in (("none", "none"), ("full", "none"), ("attention", "none"), ("full", "checkpoints")):
+        memory = [f"memory.checkpointing={kind}", f"memory.offload={offload}"]
+        trainee = load_trainee(config_of(tmp_path, recipe, "model.base_dtype=fp32", *memory), CPU)
         move(trainee)
         plugins, image, prompt = (), None, tiny.prompt()
         if recipe == "stand_in":
@@ -127,6 +128,30 @@ def test_checkpointing_changes_no_gradient(tmp_path, recipe):
         assert others.keys() == found[0].keys()
         for name, gradient in found[0].items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_inputs_kept_in_bfloat16_give_nearly_the_same_gradient(tmp_path):
+    found = []
+    for stored in ("false", "true"):
+        trainee = load_trainee(config_of(tmp_path, "base", "model.base_dtype=fp32", f"memory.store_bf16={stored}"), CPU)
+        move(trainee)
+        trainee(tiny.latents(), tiny.TIMESTEP, Conditions(tiny.prompt())).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in trainee.parameters() if p.grad is not None]))
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_waiting_input_is_held_nowhere_else(offload):
+    x = torch.randn(3, 4, requires_grad=True) * 1
+    gone = weakref.ref(x)
+    give = waiting_input(x, offload=offload, store_bf16=True)
+    assert torch.equal(give(), x)
+    expected = x.detach().bfloat16().float()
+    del x
+    assert gone() is None
+    again = give()
+    assert torch.equal(again, expected) and again.requires_grad and again.dtype == torch.float32
 
 
 def test_attention_is_not_computed_again_where_its_output_is_kept(tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from configs import download_command, load_config, part_path
 from models.audio_adapter import AudioAdapter, load_audio_avatar
@@ -23,6 +22,7 @@ from models.wan.float8 import use_float8
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
 from pipelines.networks import shape_of
+from training.block_memory import set_checkpointing
 from training.config import Config
 from training.error_bank import ErrorBank
 from training.noise import NoiseTable, expert_range
@@ -127,7 +127,8 @@ def load_trainee(config: Config, device: torch.device) -> Trainee:
     trainee = Trainee(transformer, **adapters).to(device)
     recipe = recipe_of(config)
     select_trained(trainee, lambda name: recipe.trains(name, config.train.trainable))
-    set_checkpointing(transformer, config.memory.checkpointing)
+    memory = config.memory
+    set_checkpointing(transformer, memory.checkpointing, memory.offload == "checkpoints", memory.store_bf16)
     return trainee
 
 
@@ -241,35 +242,6 @@ def load_vae_trainee(config: Config, device: torch.device) -> VaeTrainee:
     trainee = VaeTrainee(autoencoder).to(device)
     select_trained(trainee, lambda name: True)
     return trainee
-
-
-# --------------------------------------------------------------------------------------------------------- memory
-
-# What attention computes, by PyTorch's own kernels.
-ATTENTION_OPERATORS = (
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-)
-
-
-def set_checkpointing(transformer: WanTransformer, kind: str) -> None:
-    """What a block computes again in the backward pass: nothing, all, or all but attention's outputs."""
-    if kind == "none":
-        return
-
-    def keep_attention(ctx: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in ATTENTION_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def run(block: torch.nn.Module, *args: object) -> torch.Tensor:
-        options = {}
-        if kind == "attention":
-            options["context_fn"] = lambda: create_selective_checkpoint_contexts(keep_attention)
-        # Draws come from no generator of PyTorch: there is no state to keep for the second time.
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
-
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
 
 # ------------------------------------------------------------------------------------------------ optimiser, bank

@@ -27,7 +27,8 @@ NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 # What may differ between a run and the one it goes on from: how long, how often, and how the work is done.
 MAY_CHANGE = (
-    *("output", "train.steps", "train.micro_batch", "save.*", "validate.*", "log.*", "memory.*"),
+    *("output", "train.steps", "train.micro_batch", "save.*", "validate.*", "log.*"),
+    *("memory.checkpointing", "memory.offload", "memory.compile"),
     *("data.workers", "data.prefetch", "data.bad", "data.cache"),
 )
 # Files that are not read back to be summed: the bank's entries, which its own manifest has the checksums of.

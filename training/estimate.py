@@ -148,11 +148,9 @@ def memory_parts(config: Config, counts: Counts, tokens: int) -> dict[str, int]:
     state = counts.trained * (8 + moments) + (counts.trained * 2 if is_full and per_weight == 2 else 0)
     samples, layers = train.micro_batch, shape.num_layers
     block = int(BLOCK_ACTIVATIONS * samples * tokens * (60 * shape.dim + 4 * shape.ffn_dim))
-    kept = {
-        "none": block * (layers - 1),
-        "full": 4 * samples * layers * tokens * shape.dim,
-        "attention": 6 * samples * layers * tokens * shape.dim,
-    }[config.memory.checkpointing]
+    values, memory = samples * layers * tokens * shape.dim, config.memory
+    inputs = 0 if memory.offload == "checkpoints" else values * (2 if memory.store_bf16 else 4)
+    kept = {"none": block * (layers - 1), "full": inputs, "attention": inputs + 2 * values}[memory.checkpointing]
     return {
         "weights": stored * per_weight,
         "training": state,

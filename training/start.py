@@ -237,12 +237,14 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         UsageError: naming the setting.
     """
-    if config.memory.offload != "none":
-        config.refuse(
-            "memory.offload", "is not built yet; give none, and fewer frames or a smaller rank where memory lacks"
-        )
-    if config.memory.store_bf16:
-        config.refuse("memory.store_bf16", "is not built yet; give false")
+    memory = config.memory
+    if memory.offload == "blocks":
+        config.refuse("memory.offload", "blocks do not wait yet; give checkpoints, or model.base_dtype fp8")
+    for name, given in (("offload", memory.offload == "checkpoints"), ("store_bf16", memory.store_bf16)):
+        if given and memory.checkpointing == "none":
+            config.refuse(
+                f"memory.{name}", "nothing reads it where memory.checkpointing is none; give full or attention"
+            )
     if config.validate.samples:
         config.refuse("validate.samples", "videos are not made while training yet; use the exported files")
     if config.log.wandb is not None:
