@@ -17,7 +17,7 @@ from training.recipes.avatar import AvatarRecipe
 from training.recipes.base import BaseRecipe, Batch, denoising_step
 from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.recipes.stand_in import StandInRecipe
-from training.recipes.vace import VaceRecipe
+from training.recipes.vace import VaceRecipe, hints_at_once
 from training.recipes.vae import VaeRecipe, VaeTrainee, vae_step
 from training.trainee import TrainableStandIn, Trainee
 
@@ -162,16 +162,16 @@ def test_stand_in_learns_from_gradients_that_are_the_loss_changing():
     assert slope == pytest.approx(parameter.grad.norm().item(), rel=0.02)
 
 
-def test_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize(("name", "adapter"), [("stand_in", "stand_in"), ("avatar", "audio_adapter"), ("vace", "vace")])
+def test_checkpointing_changes_no_gradient(name, adapter):
     gradients = []
     for checkpointing in (False, True):
-        recipe, trainee, batch = setting("stand_in")
+        recipe, trainee, batch = setting(name)
         if checkpointing:
             trainee.transformer.enable_gradient_checkpointing()
-            trainee.transformer.train()
-        trainee.stand_in.requires_grad_(True)
+        trained = getattr(trainee, adapter).requires_grad_(True)
         denoising_step(recipe, trainee, batch, Draws(3, 0, batch.positions, B))[0].mean().backward()
-        gradients.append({n: p.grad for n, p in trainee.stand_in.named_parameters()})
+        gradients.append({n: p.grad for n, p in trained.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -189,6 +189,16 @@ def test_a_fresh_stand_in_is_the_plain_reference_and_comes_back_under_released_n
     loaded = tiny.stand_in(model)
     again = TrainableStandIn.of(loaded).weights().state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+@torch.no_grad()
+def test_hints_of_vace_at_once_are_those_one_by_one():
+    _, trainee, batch = setting("vace")
+    context, prompt = batch.parts["vace_context"], tiny.prompt()
+    one_by_one, at_once = trainee.vace.plugin(context), hints_at_once(trainee.vace, context)
+    latents = batch.mean
+    results = [trainee.transformer(latents, tiny.TIMESTEP, prompt, plugins=[p]) for p in (one_by_one, at_once)]
+    assert torch.equal(*results)
 
 
 # ------------------------------------------------------------------------------------------------- what is dropped

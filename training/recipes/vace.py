@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from models.vace import VaceBranch
+from models.wan.slots import BlockContext, Plugin, Slots
 from training.draws import Draws
 from training.error_bank import BankView, RecycledError
 from training.losses import mse, per_sample, squared_error
@@ -33,7 +35,7 @@ class VaceRecipe:
     def conditions(self, batch: Batch, draw: Draws) -> Conditions:
         context = batch.parts["vace_context"]
         return Conditions(
-            prompt_of(batch, draw, self.text_drop), plugins=(lambda trainee: trainee.vace.plugin(context),)
+            prompt_of(batch, draw, self.text_drop), plugins=(lambda trainee: hints_at_once(trainee.vace, context),)
         )
 
     def corrupt(
@@ -52,3 +54,21 @@ class VaceRecipe:
 
     def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
         return []
+
+
+def hints_at_once(branch: VaceBranch, context: Tensor) -> Plugin:
+    """The branch's plug-in with all hints computed before the first block, where inference computes each right before
+    it is added: a block that is checkpointed runs twice, the second time from the last to the first.
+    """
+
+    def plugin(tokens: Tensor, ctx: BlockContext) -> Slots:
+        control, video = branch(list(context), tokens, ctx), tokens
+        residuals: list = [None] * branch.config.num_layers
+        for block, layer in zip(branch.vace_blocks, branch.config.vace_layers, strict=True):
+            prompt = None if ctx.prompt is None else ctx.prompt.block(block)
+            control, hint = block(control, ctx, prompt, video)
+            video = None  # the first block's alone
+            residuals[layer] = lambda x, hint=hint: hint.to(x.dtype)
+        return Slots(block_residuals=residuals)
+
+    return plugin
