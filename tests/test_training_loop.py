@@ -156,6 +156,25 @@ def test_two_processes_are_one_and_one_goes_on_from_two(tmp_path, unbroken):
     assert_near(state_of(tmp_path), unbroken)
 
 
+def test_the_mean_is_what_is_tried_and_training_goes_on_as_it_was(tmp_path, unbroken, caplog, monkeypatch):
+    monkeypatch.setattr(loop, "LINE_EVERY", 0)
+    run, seen = make_run(tmp_path, "validate.every=2"), {}
+
+    def evaluate(step: int) -> None:
+        mean, weights = run.ema.mean, run.masters.parameters
+        assert all(torch.equal(weights[name], mean[name]) for name in mean)
+        seen[step] = {name: value.clone() for name, value in mean.items()}
+
+    run.evaluate = evaluate
+    with caplog.at_level(logging.INFO, "selfsame"):
+        train(run)
+    assert_same(state_of(tmp_path), unbroken)
+    assert list(seen) == [2, 4, 6]
+    name = next(iter(seen[2]))
+    assert torch.equal(unbroken[f"ema.{name}"], seen[6][name]) and not torch.equal(unbroken[name], seen[6][name])
+    assert f"step 6: loss {losses(unbroken)[-1]:.4f} (mean of 1), gradient" in caplog.text
+
+
 def spoil(run: Run, steps: set[int]) -> Run:
     """A NaN in one sample of these steps."""
     batches = run.batches

@@ -5,12 +5,13 @@ are functions of the step, losses are divided by the size of the global batch, g
 The state of a run is the weights, the optimiser, their mean, the bank and the step; nothing else is saved, or needed.
 """
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from training.recipes.base import Batch
 
 logger = logging.getLogger("selfsame")
 
+LINE_EVERY = 60  # seconds
 REDUCED_AT_ONCE = 2**26  # numbers of one all-reduce
 
 # (batch, draws, view of the bank) -> losses (B,) of the recipe, and the errors for the bank.
@@ -82,7 +84,7 @@ def train(run: Run) -> None:
     config = run.config
     resume(run)
     losses_log = LossesLog(run.output / "losses.jsonl", run.step) if run.rank == 0 else None
-    saved_at, saved_step = time.monotonic(), run.step
+    saved_at, saved_step, news = time.monotonic(), run.step, News()
     with Stop() as stop, ProgressBars(run.rank == 0).work("training", config.train.steps - run.step, "step") as bar:
         while run.step < config.train.steps:
             record = train_step(run)
@@ -90,10 +92,11 @@ def train(run: Run) -> None:
                 losses_log.write(record)
                 if run.log is not None:
                     run.log(record)
+                news.add(record)
             run.step += 1
             bar.advance()
             if run.evaluate is not None and run.step % config.validate.every == 0:
-                with averaged(run.optimizer, run.masters):
+                with weights_to_use(run):
                     run.evaluate(run.step)
             stopping, is_late = agreed(
                 [stop.asked, time.monotonic() - saved_at > 60 * (config.save.minutes or math.inf)], run.device
@@ -152,6 +155,21 @@ def train_step(run: Run) -> dict:
                 f"{run.skipped} steps up to {step} had no finite gradient; look for NaN in the data, or lower optim.lr"
             )
     return {"step": step, "loss": sum(everyones) / len(everyones), "norm": norm, "limit": limit, "lr": rate}
+
+
+@contextlib.contextmanager
+def weights_to_use(run: Run) -> Iterator[None]:
+    """While weights are tried or exported: the mean of them if the run has one, and then those being trained again."""
+    if run.ema is None:
+        with averaged(run.optimizer, run.masters):
+            yield
+        return
+    trained = {name: value.detach().clone() for name, value in run.masters.values.items()}
+    run.masters.load(run.ema.mean)
+    try:
+        yield
+    finally:
+        run.masters.load(trained)
 
 
 def warmup_of(config: Config) -> int:
@@ -289,6 +307,27 @@ class LossesLog:
     def write(self, record: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class News:
+    """A line in the log every now and then: the mean loss since the last one, and how long a step takes."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self) -> None:
+        self.since, self.losses = time.monotonic(), []
+
+    def add(self, record: dict) -> None:
+        self.losses.append(record["loss"])
+        seconds = time.monotonic() - self.since
+        if seconds >= LINE_EVERY:
+            logger.info(
+                "step %d: loss %.4f (mean of %d), gradient %.3g, limit %.3g, rate %.3g, %.3g s a step",
+                *(record["step"] + 1, sum(self.losses) / len(self.losses), len(self.losses)),
+                *(record["norm"], record["limit"], record["lr"], seconds / len(self.losses)),
+            )
+            self.begin()
 
 
 class Stop:

@@ -29,7 +29,7 @@ from training.encoders import encoders_of
 from training.encodings import encodings_of
 from training.error_bank import BankView, RecycledError
 from training.export import export
-from training.loop import Run, train, wait
+from training.loop import Run, train, wait, weights_to_use
 from training.recipes.base import Batch, Recipe, denoising_step
 from training.recipes.vae import VaeRecipe, vae_step
 
@@ -68,10 +68,9 @@ def start(config: Config) -> list[Path]:
             train(run)
         if run.rank:
             return []
-        if run.ema is not None:  # the mean is what is used
-            run.masters.load({name: mean.to(device) for name, mean in run.ema.mean.items()})
         about = {"recipe": config.recipe, "base": config.model.config, "steps": str(run.step), "seed": str(config.seed)}
-        files = export(trainee, Path(config.output) / "export", about)
+        with weights_to_use(run):
+            files = export(trainee, Path(config.output) / "export", about)
         logger.info("trained: %s", ", ".join(map(str, files)))
         return files
 
