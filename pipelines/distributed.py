@@ -18,7 +18,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -151,10 +151,12 @@ def split_sequence(transformer: WanTransformer, ulysses_degree: int, ring_degree
     transformer._parallel_config = parallel
 
 
-def shard_weights(transformer: WanTransformer, device: torch.device) -> None:
-    """Keep a part of each block's weights in every process; a block is put together for as long as it runs."""
+def shard_weights(model: nn.Module, device: torch.device) -> None:
+    """Keep a part of each block's weights in every process, a transformer's or of layers that run with it; a block is
+    put together for as long as it runs.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-    for block in transformer.blocks:
+    for block in (block for name, blocks in model.named_children() if name.endswith("blocks") for block in blocks):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 

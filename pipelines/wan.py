@@ -337,7 +337,7 @@ class Wan:
 
     def _place(self, transformer: WanTransformer) -> None:
         """Prepare a transformer (or a branch beside it) to run as the settings say."""
-        if self.shards_weights and isinstance(transformer, WanTransformer):
+        if self.shards_weights:
             shard_weights(transformer, self.device)
         set_backend(transformer, self.attention_backend)
         if self.processes.context_parallel:

@@ -18,9 +18,10 @@ from pipelines.distributed import Processes
 def keep_latents(denoise):
     def denoise_and_keep(self, job, state):
         latents = denoise(self, job, state)
-        weight = self.wan.transformer(0).blocks[0].self_attn.q.weight
-        rows = len(weight.to_local() if isinstance(weight, DTensor) else weight)  # that this process holds
-        tensors = {"latents": latents.clone(), "rows": torch.tensor(rows)}
+        models = self.wan.transformer(0), self.wan.part("audio_adapter")
+        weights = models[0].blocks[0].self_attn.q.weight, next(models[1].blocks[0].parameters())
+        held = [len(w.to_local() if isinstance(w, DTensor) else w) for w in weights]  # rows, by this process
+        tensors = {"latents": latents.clone(), "rows": torch.tensor(held)}
         if self.wan.processes.writes:
             save_file(tensors, job.output.with_suffix(".safetensors"))
         return latents
