@@ -9,9 +9,9 @@ from configs import load_config
 from errors import UsageError
 from pipelines.checks import check_formats, check_settings
 from pipelines.earlier_run import is_record, read_run_json, read_run_settings
-from pipelines.flags import check_bounds, check_types, described, given_by
+from pipelines.flags import check_bounds, check_types, described, given_by, without_words, words_of
 from pipelines.networks import check_networks, has_identity
-from pipelines.settings import METHODS, PROJECT, WAN_VERSIONS, Settings, WanSettings
+from pipelines.settings import METHODS, PROJECT, Method, Settings, WanSettings, WanVersion
 from preprocess.prompts import check_prompt, read_prompts
 
 Kind = TypeVar("Kind")  # a dataclass of settings
@@ -47,7 +47,7 @@ def merge_settings(
     has those of all methods, is refused.
     """
     given = given_by(given) if isinstance(given, Namespace) else given
-    typed = {name: value for name, value in given.items() if name not in ("wan_version", "method")}
+    typed = without_words(WanVersion, without_words(Method, given))
     if "prompt" in typed:
         typed["prompt"] = read_prompts(typed["prompt"])
     config_name, earlier = choose_config(given, kind)
@@ -85,9 +85,7 @@ def choose_config(given: Mapping[str, object], kind: type) -> tuple[str, dict]:
     Raises:
         UsageError: two flags that name different ones.
     """
-    wan_version = given.get("wan_version")
-    if wan_version not in (None, *WAN_VERSIONS):
-        raise UsageError(f"--wan_version {wan_version}: accepted are {', '.join(WAN_VERSIONS)}")
+    wan_version = words_of(WanVersion, given).wan_version
     earlier = read_run_json(given["config"], kind) if is_record(given.get("config")) else {}
     name = earlier.pop("config", None) or given.get("config") or METHODS[kind.method]
     name = name or default_config(given)
@@ -140,8 +138,7 @@ def method_of(args: Namespace) -> str:
         UsageError: an unknown method or config, or the two contradict each other.
         InputError: a JSON that is not one of ours.
     """
-    if args.method not in (None, *METHODS):
-        raise UsageError(f"--method {args.method}: accepted are {', '.join(METHODS)}")
+    words_of(Method, given_by(args))
     if args.config is None:
         return args.method or "standin"
     config_name = read_run_settings(args.config).get("config") if is_record(args.config) else args.config

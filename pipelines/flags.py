@@ -19,11 +19,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from configs.values import describe, nearest, short, typed
 from errors import UsageError, UserError
 
+Kind = TypeVar("Kind")  # a dataclass whose fields are settings
 NUMBERS = {int: "N", float: "X"}  # what stands for a value in the help
 # What lies under the path that a setting names. For a run its content counts, and not where it lies.
 MEDIA = "media"
@@ -112,6 +113,23 @@ def names_of(kind: type, **what: Any) -> tuple[str, ...]:
 def given_by(args: argparse.Namespace) -> Mapping[str, Any]:
     """What the user typed, by setting, and nothing else: a value that nobody writes to."""
     return MappingProxyType({name: value for name, value in vars(args).items() if value is not None})
+
+
+def words_of(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """What was typed of the fields of one class, checked: of words of a command that are no settings.
+
+    Raises:
+        UsageError: a value that is not accepted.
+    """
+    typed_of = {name: given[name] for name in described(kind) if name in given}
+    words = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in typed_of.items()})
+    check_bounds(words)
+    return words
+
+
+def without_words(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed beside the fields of that class."""
+    return {name: value for name, value in given.items() if name not in described(kind)}
 
 
 # -------------------------------------------------------------------------------------------------- flags and --help

@@ -63,7 +63,7 @@ def list_jobs(settings: Settings, extension: str = ".mp4", frames: int | None = 
         UsageError: an output that cannot be written; or all exist already, made by other settings.
         ResourceError: the disk has no room for the videos.
     """
-    prompts = settings.prompt[:1] if getattr(settings, "prompts_are_clips", False) else settings.prompt
+    prompts = settings.prompt[:1] if settings.prompts_are_clips else settings.prompt
     several = len(prompts) * len(settings.seed) > 1
     output = free_output(extension) if settings.output is None else Path(settings.output)
     if not output.name:
@@ -114,7 +114,7 @@ def looks_the_same(output: Path, settings: Settings, prompt: str, seed: int) -> 
     made = settings_in(record_inside(output) or read_record(sidecar_path(output)))
     if made is None:
         return False
-    prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
+    prompts = settings.prompt if settings.prompts_are_clips else (prompt,)
     wanted = recorded(replace(settings, prompt=prompts, seed=(seed,)))
     without = ("height", "width", *(["seed"] if settings.min_face_score is not None else []))
     wanted, made = counted(wanted, without), counted(made, without)

@@ -51,7 +51,7 @@ def describe_run(
     Raises:
         WeightsError, InputError: a file that cannot be read.
     """
-    prompts = settings.prompt if getattr(settings, "prompts_are_clips", False) else (prompt,)
+    prompts = settings.prompt if settings.prompts_are_clips else (prompt,)
     values = recorded(dataclasses.replace(settings, prompt=prompts, seed=(seed,)))
     of_one_run, places = settings_that(lambda said: said.decides == ONE_RUN), settings_that(lambda said: said.path)
     values = {name: value for name, value in values.items() if name not in of_one_run}

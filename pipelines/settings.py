@@ -34,6 +34,7 @@ METHODS = {"standin": None, "instantid": "instantid", "consisid": "consisid"}
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     title: ClassVar[str] = "what to make"
+    prompts_are_clips: ClassVar[bool] = False  # of one video, not a video each
 
     prompt: tuple[str, ...] = setting("one or several, in any language; @FILE: one a line", text=True, needed=True)
     negative_prompt: str = setting("what is not to be seen", text=True)

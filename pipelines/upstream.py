@@ -81,7 +81,7 @@ class SviCommand:
     dit_root: str | None = setting("--base_path", None, metavar="FOLDER")
     extra_module_root: str | None = setting("--lora_path: one file, or a folder", None, metavar="PATH")
     cfg_scale_audio: float | None = setting("--audio_guidance_scale", None, low=0, high=100, shown="the variant's")
-    ref_pad_num: int | None = setting("of --variant", None, low=-1, high=0, shown="the variant's")
+    ref_pad_num: int | None = setting("of --variant", None, low=-1, high=81, shown="the variant's")
     num_motion_latent: int | None = setting("of --variant", None, low=0, high=21, shown="the variant's")
     num_overlap_frame: int | None = setting("of --variant", None, low=0, high=81, shown="the variant's")
     test_samples: tuple[str, ...] = setting("some of --data_root's folders", (), metavar="NAME", shown="all")

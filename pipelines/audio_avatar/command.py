@@ -10,7 +10,7 @@ import numpy
 from errors import UsageError
 from pipelines.audio_avatar.settings import DEMONSTRATION, GPU_MEMORY_MODES, AvatarCommand, AvatarSettings
 from pipelines.checks import check_pictures
-from pipelines.flags import described, given_by
+from pipelines.flags import given_by, without_words, words_of
 from pipelines.lora_command import resolve_lora_settings
 from preprocess.audio import AudioTimeline, read_audio
 from preprocess.output import safe_name
@@ -45,32 +45,29 @@ def translated(given: Mapping[str, object]) -> dict[str, object]:
     Raises:
         UsageError: flags that mean nothing here, or that contradict each other.
     """
-    if "identity" in given:
+    words = words_of(AvatarCommand, given)
+    if words.identity:
         raise UsageError(
-            f"--identity {given['identity'][0]}: Stand-In's features are for text-to-video models; here the person is "
-            "the one of --reference_image"
+            f"--identity {words.identity[0]}: Stand-In's features are for text-to-video models; here the person is the "
+            "one of --reference_image"
         )
-    if "guidance_scale" in given:
+    if words.guidance_scale:
         raise UsageError("--guidance_scale: here are two, --sample_text_guide_scale and --sample_audio_guide_scale")
     said = {}
-    if (mode := given.get("GPU_memory_mode")) is not None:
-        if mode not in GPU_MEMORY_MODES:
-            raise UsageError(f"--GPU_memory_mode {mode}: accepted are {', '.join(GPU_MEMORY_MODES)}")
+    if words.GPU_memory_mode is not None:
         if "memory" in given or "fp8" in given:
             raise UsageError("--GPU_memory_mode is another name for --memory and --fp8; give the one or the other")
-        said |= GPU_MEMORY_MODES[mode]
-    if "enable_teacache" in given:
-        if given.get("step_cache", "teacache") != "teacache":
-            raise UsageError(
-                f"--enable_teacache and --step_cache {given['step_cache']} contradict each other; give one"
-            )
+        said |= GPU_MEMORY_MODES[words.GPU_memory_mode]
+    if words.enable_teacache:
+        if (cache := given.get("step_cache", "teacache")) != "teacache":
+            raise UsageError(f"--enable_teacache and --step_cache {cache} contradict each other; give one")
         said["step_cache"] = "teacache"
-    if "output_dir" in given:
+    if words.output_dir is not None:
         if "output" in given:
             raise UsageError("--output_dir and --output: give one; --output_dir names the video after its photo")
         photo = given.get("reference_image", DEMONSTRATION["reference_image"])
-        said["output"] = str(Path(given["output_dir"]) / f"{safe_name(Path(photo).stem)}.mp4")
-    return {name: value for name, value in given.items() if name not in described(AvatarCommand)} | said
+        said["output"] = str(Path(words.output_dir) / f"{safe_name(Path(photo).stem)}.mp4")
+    return without_words(AvatarCommand, given) | said
 
 
 def with_demonstration(settings: AvatarSettings, config: dict) -> AvatarSettings:

@@ -12,7 +12,7 @@ from configs import load_config, part_path
 from errors import UsageError
 from pipelines.command import resolve_settings
 from pipelines.earlier_run import is_record
-from pipelines.flags import check_bounds, described, given_by
+from pipelines.flags import given_by, without_words, words_of
 from pipelines.long_video.media import (
     count_clips,
     follow_control,
@@ -55,19 +55,18 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
         WeightsError: a LoRA that is not there.
     """
     given = read_svi_command(given_by(args))
+    words = words_of(LongVideoCommand, given)
     resumed = is_record(given.get("config"))
     if not resumed:
         given = with_config(given)
     brought = brought_by(given) | brought_defaults(given.get("lora_config"))
-    if "prompt_path" in given:
+    if words.prompt_path is not None:
         if "prompt" in given:
             raise UsageError("--prompt and --prompt_path: give one of them")
-        brought["prompt"] = read_prompt_stream(given["prompt_path"])
-    own = {name: value for name, value in given.items() if name not in described(LongVideoCommand)}
-    settings, config = resolve_settings(own, LongVideoSettings, brought)
-    if "cfg_scale_audio" in given and settings.driven_by == "audio":
-        settings = dataclasses.replace(settings, audio_guidance_scale=given["cfg_scale_audio"])
-        check_bounds(settings)
+        brought["prompt"] = read_prompt_stream(words.prompt_path)
+    settings, config = resolve_settings(without_words(LongVideoCommand, given), LongVideoSettings, brought)
+    if words.cfg_scale_audio is not None and settings.driven_by == "audio":
+        settings = dataclasses.replace(settings, audio_guidance_scale=words.cfg_scale_audio)
     motion_frames = conditioning_as_trained(given, Variant.of(settings.variant), settings.num_motion_frames)
     settings = dataclasses.replace(settings, num_motion_frames=motion_frames)
     check_long_video(settings, config)

@@ -9,10 +9,11 @@ from configs import load_config
 from errors import UsageError
 from pipelines.checks import check_pictures
 from pipelines.command import resolve_settings
-from pipelines.flags import described, given_by
+from pipelines.flags import described, given_by, without_words
 from pipelines.instant_id.command import check_instant_id
 from pipelines.instant_id.settings import MULTIPLE, InstantIdSettings
 from pipelines.networks import family_of
+from pipelines.settings import WanVersion
 from pipelines.text_to_video.settings import FirstFrameSettings, ImageToVideoSettings
 
 PICTURE_AREA = 1024 * 1024  # of the pictures that SDXL makes best
@@ -114,5 +115,4 @@ def with_picture_config(given: Mapping[str, object]) -> Mapping[str, object]:
     version = given.get("wan_version", "2.1" if "base_path" in given else None)
     if version not in PICTURE_CONFIGS:
         return given
-    others = {name: value for name, value in given.items() if name != "wan_version"}
-    return others | {"config": PICTURE_CONFIGS[version]}
+    return without_words(WanVersion, given) | {"config": PICTURE_CONFIGS[version]}

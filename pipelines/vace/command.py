@@ -16,8 +16,9 @@ import psutil
 from errors import InputError, ResourceError, UsageError
 from pipelines.checks import check_pictures, probe_argument
 from pipelines.earlier_run import is_record
-from pipelines.flags import given_by
+from pipelines.flags import given_by, without_words
 from pipelines.lora_command import resolve_lora_settings
+from pipelines.settings import WanVersion
 from pipelines.vace.masks import check_mask_size
 from pipelines.vace.settings import BESIDE_IDENTITY, GRID, VaceSettings
 from preprocess.output import readable_bytes
@@ -36,7 +37,7 @@ def resolve_vace_settings(args: Namespace) -> tuple[VaceSettings, dict]:
         InputError: a file that is missing or cannot be used; a mask that does not fit its video.
     """
     given = given_by(args)
-    given = {name: value for name, value in given.items() if name != "wan_version"} | {"config": config_of(given)}
+    given = without_words(WanVersion, given) | {"config": config_of(given)}
     settings, config = resolve_lora_settings(given, VaceSettings, required=False)
     if config.get("experts"):
         raise UsageError(
