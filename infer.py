@@ -92,7 +92,7 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
     from pipelines.distributed import start_processes
     from pipelines.instant_id.pipeline import PictureMaker, check_files, describe_picture, guide_face
     from pipelines.scoring import load_scorer, make_scored
-    from preprocess.face_detection import load_recogniser
+    from preprocess.face_detection import load_recognizer
 
     with start_processes(settings.device) as processes:
         if not (jobs := processes.own(jobs)):
@@ -102,7 +102,7 @@ def instant_id(args: argparse.Namespace) -> list[Path]:
         if all_done(jobs):
             return make_all(None, jobs, processes)
 
-        guide = guide_face(settings, load_recogniser(settings.antelopv2_path, "--method instantid"))
+        guide = guide_face(settings, load_recognizer(settings.antelopv2_path, "--method instantid"))
         scorer = load_scorer(settings, settings.ip_image)
         maker = PictureMaker(settings, config, guide, processes.device)
         make = partial(make_scored, maker, scorer=scorer, settings=settings)

@@ -37,7 +37,7 @@ def main() -> None:
     ours = WanVAE(copy.deepcopy(theirs))
     size = (args.frames - 1) // 4 + 1, args.height // ours.spatial_factor, args.width // ours.spatial_factor
     latents = torch.randn(1, ours.latent_channels, *size).to(device)
-    denormalised = (latents * ours._std.to(device) + ours._mean.to(device)).to(dtype)
+    denormalized = (latents * ours._std.to(device) + ours._mean.to(device)).to(dtype)
 
     def wait() -> None:
         if device.type != "cpu":
@@ -49,7 +49,7 @@ def main() -> None:
 
     def whole() -> None:
         with torch.no_grad():
-            theirs.decode(denormalised)
+            theirs.decode(denormalized)
 
     def seconds(run) -> float:
         wait()

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from errors import InputError, exit_codes
 from metrics.likeness import FaceScorer
-from preprocess.face_detection import load_recogniser, recogniser_is_there
+from preprocess.face_detection import load_recognizer, recognizer_is_there
 from preprocess.image import read_image
 from preprocess.progress_bars import ProgressBars
 from preprocess.record import read_metadata
@@ -84,26 +84,26 @@ def measure_clips(
     frames = iter(frames)
     rows, before, first = [], None, None
     for clip, (start, stop) in enumerate(itertools.zip_longest(starts, starts[1:])):
-        colours, contrasts, sharpnesses, differences, scores = [], [], [], [], []
+        colors, contrasts, sharpnesses, differences, scores = [], [], [], [], []
         every = max(1, ((stop or start + CLIP_FRAMES) - start) // FACES_PER_CLIP)
         for number, frame in enumerate(itertools.islice(frames, stop and stop - start)):
             grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-            colours.append(frame.mean(axis=(0, 1)))
+            colors.append(frame.mean(axis=(0, 1)))
             contrasts.append(grey.std())
             sharpnesses.append(cv2.Laplacian(grey, cv2.CV_32F).var())
             differences.append(None if before is None else cv2.absdiff(frame, before).mean())
             if likeness is not None and number % every == 0 and (score := likeness(frame)) is not None:
                 scores.append(score)
             before = frame
-        if not colours:
+        if not colors:
             raise InputError(f"the video ends before its clip {clip}, which begins with frame {start}")
-        colour = numpy.mean(colours, axis=0)  # (3,)
-        first = colour if first is None else first
+        color = numpy.mean(colors, axis=0)  # (3,)
+        first = color if first is None else first
         across, motion = differences[0], numpy.mean(differences[1:]) if len(differences) > 1 else None
         rows.append(
             ClipStatistics(
-                *(clip, start, len(colours), *colour),
-                shift=numpy.linalg.norm(to_lab(colour) - to_lab(first)),
+                *(clip, start, len(colors), *color),
+                shift=numpy.linalg.norm(to_lab(color) - to_lab(first)),
                 contrast=numpy.mean(contrasts),
                 sharpness=numpy.mean(sharpnesses),
                 motion=motion,
@@ -114,9 +114,9 @@ def measure_clips(
     return rows
 
 
-def to_lab(colour: numpy.ndarray) -> numpy.ndarray:
+def to_lab(color: numpy.ndarray) -> numpy.ndarray:
     """Mean RGB (3,) of 0 to 255 -> CIE Lab (3,)"""
-    return cv2.cvtColor((colour / 255).astype(numpy.float32).reshape(1, 1, 3), cv2.COLOR_RGB2LAB).reshape(3)
+    return cv2.cvtColor((color / 255).astype(numpy.float32).reshape(1, 1, 3), cv2.COLOR_RGB2LAB).reshape(3)
 
 
 def likeness_to(picture: numpy.ndarray, models: str | None = None) -> Callable[[numpy.ndarray], float | None] | None:
@@ -128,11 +128,11 @@ def likeness_to(picture: numpy.ndarray, models: str | None = None) -> Callable[[
     Raises:
         WeightsError: `models` is given and not there.
     """
-    if models is None and not recogniser_is_there():
+    if models is None and not recognizer_is_there():
         logger.info("likeness is not measured: no face models here (python download_models.py --only antelopev2)")
         return None
     try:
-        scorer = FaceScorer(load_recogniser(models, "likeness"), [picture], names=["the first frame"])
+        scorer = FaceScorer(load_recognizer(models, "likeness"), [picture], names=["the first frame"])
     except InputError as error:
         logger.info("likeness is not measured: %s", error)
         return None

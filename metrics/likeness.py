@@ -51,7 +51,7 @@ class FaceScorer:
     """Compares pictures with the people of photos.
 
     Args:
-        recogniser: from `load_recogniser`: picture -> faces with embeddings.
+        recogniser: from `load_recognizer`: picture -> faces with embeddings.
         photos: (H, W, 3) uint8 RGB, one a person; the largest face counts, or the `face_index`-th from the left.
         names: what messages call the photos.
 
@@ -61,18 +61,18 @@ class FaceScorer:
 
     def __init__(
         self,
-        recogniser: Callable[[numpy.ndarray], list[Face]],
+        recognizer: Callable[[numpy.ndarray], list[Face]],
         photos: Sequence[numpy.ndarray],
         face_index: int | None = None,
         names: Sequence[str] = (),
     ):
         from preprocess.face import choose_face
 
-        self.recogniser = recogniser
+        self.recognizer = recognizer
         self.people = []  # embeddings (512,)
         for number, photo in enumerate(photos):
             name = names[number] if names else "the photo"
-            faces = recogniser(photo)
+            faces = recognizer(photo)
             if not faces:
                 raise InputError(f"no face found in {name}, so there is nothing to compare with; give another photo")
             self.people.append(choose_face(faces, face_index, name).embedding)
@@ -83,7 +83,7 @@ class FaceScorer:
         count = 0
         for picture in pictures:
             count += 1
-            if faces := self.recogniser(picture):
+            if faces := self.recognizer(picture):
                 likenesses.append([max(cosine(person, f.embedding) for f in faces) for person in self.people])
         value = float(numpy.mean(likenesses, axis=0).min()) if likenesses else 0.0
         return FaceScore(value, len(likenesses), count)
@@ -108,7 +108,7 @@ def sample_frames(path: str | Path) -> Iterator[numpy.ndarray]:
 def main(argv: Sequence[str] | None = None) -> None:
     import argparse
 
-    from preprocess.face_detection import load_recogniser
+    from preprocess.face_detection import load_recognizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo")
@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--antelopv2_path", help="folder of the face models")
     parser.add_argument("--face_index", type=int, help="which face of the photo, from the left (the largest)")
     args = parser.parse_args(argv)
-    recogniser = load_recogniser(args.antelopv2_path, "a face score")
-    scorer = FaceScorer(recogniser, [read_image(args.photo, "photo")], args.face_index, [args.photo])
+    recognizer = load_recognizer(args.antelopv2_path, "a face score")
+    scorer = FaceScorer(recognizer, [read_image(args.photo, "photo")], args.face_index, [args.photo])
     for file in args.file:
         print(f"{file}: {scorer.score(sample_pictures(file))}")
 

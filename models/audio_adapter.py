@@ -61,8 +61,8 @@ def frame_ranges(num_tokens: int, num_frames: int, exact: bool = False) -> list[
     half = int(rate * 4 / 2)
     ranges = []
     for frame in range(1, (num_frames - 1) // 4 + 1):
-        centre = int((rate * (4 * (frame - 1) + 1) + rate * (4 * frame + 1)) / 2) - 1
-        ranges.append((centre - half, centre + half))
+        center = int((rate * (4 * (frame - 1) + 1) + rate * (4 * frame + 1)) / 2) - 1
+        ranges.append((center - half, center + half))
     start = ranges[0][0] if ranges else half  # a still picture hears the start
     return [(start - 2 * half, start), *ranges]
 

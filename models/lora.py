@@ -187,31 +187,31 @@ class StatedScale:
     """alpha as the metadata of PEFT and Diffusers give it, once for the whole file."""
 
     alpha: float
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
 
     def of(self, rank: int) -> float:
-        return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
 def read_lora(
     path: str | Path,
     transformer: WanTransformer,
     partial: bool = False,
-    beside: str | None = None,
+    other_part: str | None = None,
     unused: Sequence[str] = (),
 ) -> Lora:
     """Read a LoRA file, or the folder that holds one, for this transformer.
 
     Args:
         transformer, partial, unused: see `Lora.from_tensors`.
-        beside: keys with this in them belong to another part in the same file, which the caller reads on its own.
+        other_part: keys with this in them belong to another part in the same file, which the caller reads on its own.
 
     Raises:
         WeightsError: missing, damaged, or no weights file.
         InputError: see `Lora.from_tensors`.
     """
     file = weight_files(path)[0]
-    tensors = {key: tensor for key, tensor in read_tensors(path).items() if beside is None or beside not in key}
+    tensors = {key: tensor for key, tensor in read_tensors(path).items() if other_part is None or other_part not in key}
     return Lora.from_tensors(tensors, transformer, str(path), partial, _read_stated_scale(file), unused)
 
 

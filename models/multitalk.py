@@ -59,9 +59,9 @@ def latent_windows(windows: Tensor, temporal_factor: int = TEMPORAL_FACTOR) -> t
     Returns:
         first (1, 1, w, S, C), latter (1, (T - 1)/factor, 2·(w//2 + 1) + factor - 2, S, C).
     """
-    centre = windows.shape[2] // 2
+    center = windows.shape[2] // 2
     groups = windows[:, 1:].unflatten(1, (-1, temporal_factor))  # (1, t, factor, w, S, C)
-    latter = (groups[:, :, 0, : centre + 1], groups[:, :, 1:-1, centre], groups[:, :, -1, centre:])
+    latter = (groups[:, :, 0, : center + 1], groups[:, :, 1:-1, center], groups[:, :, -1, center:])
     return windows[:, :1], torch.cat(latter, dim=2)
 
 

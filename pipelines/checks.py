@@ -21,7 +21,7 @@ logger = logging.getLogger("selfsame")
 
 Kind = TypeVar("Kind")  # a dataclass of settings
 WanKind = TypeVar("WanKind", bound=WanSettings)
-REFERENCE_TOKENS = 32 * 32  # of a 512 x 512 photo
+REFERENCE_TOKENS = 32 * 32  # a 512 x 512 photo has so many
 
 
 def check_settings(settings: WanKind, config: dict) -> WanKind:

@@ -1,7 +1,7 @@
 """The finished clips of a long video, on disk until it is whole: an interrupted run goes on after the last of them.
 
 .NAME.clips/00000.mp4, …        each clip's kept frames, encoded as they will be in the video; they can be watched
-.NAME.clips/handed.safetensors  what the next clip is given, and which clips it follows; written after their video
+.NAME.clips/handover.safetensors  what the next clip is given, and which clips it follows; written after their video
 .NAME.clips/.00002.state…       the finished steps of the clip that is being made (`JobState`)
 """
 
@@ -36,7 +36,7 @@ class ClipStore:
 
     def __init__(self, output: Path, identity: dict, clips: Sequence[Clip]):
         self.folder = output.with_name(f".{output.stem}.clips")
-        self.handed = self.folder / "handed.safetensors"
+        self.handover = self.folder / "handover.safetensors"
         self.identity = identity
         progress = Progress(identity)
         self.digest, self.chosen = progress.of_denoised, progress.chosen
@@ -60,7 +60,7 @@ class ClipStore:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ResourceError(f"{self.folder}: cannot be made ({error.strerror})") from error
-        found = load_state(self.handed, "starting from the first clip")
+        found = load_state(self.handover, "starting from the first clip")
         if found is None:
             return 0, None
         tensors, metadata = found
@@ -73,9 +73,9 @@ class ClipStore:
                 word = "is damaged" if path.is_file() else "is missing"
                 logger.warning("%s %s; starting from the first clip", path, word)
                 return 0, None
-        return len(done), tensors["handed"]
+        return len(done), tensors["handover"]
 
-    def finish(self, clip: Clip, handed: Tensor) -> None:
+    def finish(self, clip: Clip, handover: Tensor) -> None:
         """Record that a clip's video is in place, and what the next one is given.
 
         Raises:
@@ -84,7 +84,7 @@ class ClipStore:
         videos = [hash_of_file(path) for path in self.paths[: clip.index + 1]]
         clips = json.dumps(self._described(clip.index + 1))
         metadata = {"identity": self.digest, "clips": clips, "videos": json.dumps(videos)}
-        save_state(self.handed, {"handed": handed}, metadata | self.chosen)
+        save_state(self.handover, {"handover": handover}, metadata | self.chosen)
         self.state(clip).remove()
 
     def remove(self) -> None:

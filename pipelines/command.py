@@ -20,14 +20,14 @@ Kind = TypeVar("Kind")  # a dataclass of settings
 def resolve_settings(
     given: Mapping[str, object] | Namespace,
     kind: type[WanSettings] = Settings,
-    brought: Mapping[str, object] | None = None,
+    adapter_defaults: Mapping[str, object] | None = None,
 ) -> tuple[WanSettings, dict]:
     """Merge the sources of a Wan model's settings and check them.
 
     Args:
         given: what was typed, by setting (`given_by`), or parsed flags.
         kind: a task's own settings.
-        brought: defaults that come with an adapter the user chose: over everything but flags.
+        adapter_defaults: those that come with an adapter the user chose: over everything but flags.
 
     Returns:
         the settings, and the config they rest on (`configs.load_config`).
@@ -36,12 +36,12 @@ def resolve_settings(
         UsageError: a value out of its bounds, an unknown config, a combination that makes no sense.
         InputError: a JSON that is not one of ours.
     """
-    settings, config = merge_settings(given, kind, brought)
+    settings, config = merge_settings(given, kind, adapter_defaults)
     return check_settings(settings, config), config
 
 
 def merge_settings(
-    given: Mapping[str, object] | Namespace, kind: type[Kind], brought: Mapping[str, object] | None = None
+    given: Mapping[str, object] | Namespace, kind: type[Kind], adapter_defaults: Mapping[str, object] | None = None
 ) -> tuple[Kind, dict]:
     """The merging half of `resolve_settings`, for settings of any method. A flag that `kind` does not have, as infer.py
     has those of all methods, is refused.
@@ -61,7 +61,7 @@ def merge_settings(
     if photo := values.pop("ip_image", None):
         values["ip_image"] = str(PROJECT / photo) if has_identity(config) else ()
     values |= earlier
-    values |= brought or {}
+    values |= adapter_defaults or {}
     if isinstance(guidance := values.get("guidance_scale"), dict):
         values["guidance_scale"] = (guidance["high"], guidance["low"])
     values |= typed | {"config": config_name}

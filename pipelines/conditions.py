@@ -37,7 +37,7 @@ def initial_noise(
     return torch.randn(size, generator=generator, device=device, dtype=torch.float32).cpu()
 
 
-def image_to_clip(image: Tensor | numpy.ndarray) -> Tensor:
+def image_to_video(image: Tensor | numpy.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> a clip of one frame (1, 3, 1, H, W) in [-1, 1] float32."""
     pixels = torch.as_tensor(numpy.array(image)).float() / 255.0  # a copy: decoded frames are read-only
     return (pixels * 2 - 1).permute(2, 0, 1)[None, :, None]
@@ -91,7 +91,7 @@ def fold_mask(known: Tensor, latents: Tensor) -> Tensor:
 def image_to_video_condition(vae: WanVAE, image: numpy.ndarray, num_frames: int, max_area: int) -> ImageCondition:
     """y of the I2V models for a first frame (H, W, 3) uint8."""
     size = latent_size(*image.shape[:2], max_area)
-    return frames_condition(vae, num_frames, size, {0: image_to_clip(image)[:, :, 0]})
+    return frames_condition(vae, num_frames, size, {0: image_to_video(image)[:, :, 0]})
 
 
 def first_last_frame_condition(
@@ -99,7 +99,7 @@ def first_last_frame_condition(
 ) -> ImageCondition:
     """y of the FLF2V model. The size follows the first picture; upstream only crops the last, we resize it."""
     size = latent_size(*first.shape[:2], max_area)
-    images = {0: image_to_clip(first)[:, :, 0], num_frames - 1: image_to_clip(last)[:, :, 0]}
+    images = {0: image_to_video(first)[:, :, 0], num_frames - 1: image_to_video(last)[:, :, 0]}
     return frames_condition(vae, num_frames, size, images)
 
 
@@ -133,7 +133,7 @@ def pinned_first_frame(vae: WanVAE, image: numpy.ndarray, max_area: int) -> tupl
     """
     multiple = 2 * vae.spatial_factor
     width, height = best_output_size(image.shape[1], image.shape[0], multiple, max_area)
-    clip = image_to_clip(cover_resize(image, width, height))
+    clip = image_to_video(cover_resize(image, width, height))
     return PinnedFrames(vae.encode(clip)), clip
 
 

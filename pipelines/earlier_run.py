@@ -52,9 +52,9 @@ def read_run_settings(path: str) -> dict:
     try:
         if suffix in (".mp4", ".png"):
             record = read_metadata(path) if suffix == ".mp4" else read_picture_metadata(Path(path))
-            beside = str(sidecar_path(Path(path)))  # names the folders of files, which the record inside leaves out
+            sidecar = str(sidecar_path(Path(path)))  # names the folders of files, which the record inside leaves out
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                if (full := json.loads(Path(beside).read_text(encoding="utf-8")))["content"] == record["content"]:
+                if (full := json.loads(Path(sidecar).read_text(encoding="utf-8")))["content"] == record["content"]:
                     record = full
         elif os.path.getsize(path) > LARGEST_RECORD:
             raise ValueError(f"larger than {LARGEST_RECORD >> 20} MiB")

@@ -32,7 +32,7 @@ def switch_experts(wan: Wan, schedule: Schedule, make_expert: MakeExpert) -> Cal
         if (number, with_loras) not in made:
             made.clear()
             transformer = wan.transformer(number, with_loras)
-            end_step_cache(transformer)  # of the video before
+            end_step_cache(transformer)  # it remembers the video before
             made[number, with_loras] = make_expert(number, transformer)
             begin_step_cache(transformer, wan.settings)
         return made[number, with_loras]

@@ -3,7 +3,7 @@ it means for the record of a run.
 
     @dataclass(frozen=True, kw_only=True)
     class LikenessSettings:
-        title: ClassVar[str] = "likeness"                # of its flags in --help
+        title: ClassVar[str] = "likeness"                # over its flags in --help
         max_retries: int = setting("further seeds to try, then the best is kept", 3, low=0, high=100)
 
     add_flags(parser, LikenessSettings)                  # --max_retries N    further seeds to try, … (3)

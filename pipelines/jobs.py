@@ -183,11 +183,11 @@ def settle(jobs: Sequence[Job], settings: Settings, describe: Callable[[str, int
         if job.standing == "found":
             seeds = [job.seed] if settings.min_face_score is None else [a.seed for a in attempts(job, settings)]
             contents = [describe(job.prompt, seed)["content"] for seed in seeds]
-            inside, beside = record_inside(job.output), read_record(sidecar_path(job.output))
+            inside, sidecar = record_inside(job.output), read_record(sidecar_path(job.output))
             if inside is not None and inside.get("content") in contents:
                 clear_leftovers(job.output)
                 job = replace(job, standing="done")
-            elif not job.output.exists() and beside is not None and beside.get("content") in contents:
+            elif not job.output.exists() and sidecar is not None and sidecar.get("content") in contents:
                 job = replace(job, standing="")  # the record of a pair that was never finished
                 job = unless_attempts_are_foreign(job, settings)
             else:

@@ -24,7 +24,7 @@ def resolve_lora_settings(
         UsageError: also for scales that do not match their paths, or an expert that the model does not have.
     """
     given = given_by(given) if isinstance(given, Namespace) else given
-    settings, config = resolve_settings(given, kind, brought_defaults(given.get("lora_config")))
+    settings, config = resolve_settings(given, kind, lora_defaults(given.get("lora_config")))
     settings = with_preset_loras(settings, config)
     check_lora_settings(settings, config, given)
     if not any(settings.lora_files(2)):
@@ -75,11 +75,11 @@ def with_preset_loras(settings: Kind, config: dict) -> Kind:
             f"--lora_config {settings.lora_config}: its LoRAs are for the two experts of Wan2.2, "
             f"{config['name']} is one model"
         )
-    brought = {f"lora_path{which}": (str(part_path(preset, f"lora{which}")),) for which in ("_high", "_low")}
-    return replace(settings, **{name: path for name, path in brought.items() if not getattr(settings, name)})
+    files = {f"lora_path{which}": (str(part_path(preset, f"lora{which}")),) for which in ("_high", "_low")}
+    return replace(settings, **{name: path for name, path in files.items() if not getattr(settings, name)})
 
 
-def brought_defaults(name: str | None) -> dict:
+def lora_defaults(name: str | None) -> dict:
     """How the LoRA of a --lora_config wants to be sampled."""
     if name is None:
         return {}

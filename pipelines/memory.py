@@ -153,7 +153,7 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, memory: st
 # ------------------------------------------------------------------------------------------------- the README's table
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB of GPU memory
-USABLE = 0.95  # of it, beside a desktop and the driver's own
+USABLE = 0.95  # the share of it that is left beside a desktop and the driver
 TABLE = (
     "stand-in-wan2.1",
     "stand-in-wan2.2",

@@ -73,8 +73,8 @@ class ModelFiles:
 
     def weights(self) -> list[WeightsFile]:
         """What a run reads, each file once, found or not. Of the tiny model: LoRAs, and parts that are given."""
-        beside = [part for part in self.parts if part is not self.with_transformer and part.key_in_lora is None]
-        of_parts = [file for part in beside for file in part.files]
+        parts = [part for part in self.parts if part is not self.with_transformer and part.key_in_lora is None]
+        of_parts = [file for part in parts for file in part.files]
         return [*([] if self.are_tiny else self._model_files()), *of_parts, *self._lora_files()]
 
     def _model_files(self) -> list[WeightsFile]:
@@ -184,16 +184,16 @@ class ModelFiles:
         given = any(getattr(self.settings, name, None) for name in names)
         return given or family_of(self.config) not in ("t2v", "ti2v")
 
-    def layers_beside(self) -> list[ModelMixin]:
+    def part_layers(self) -> list[ModelMixin]:
         """The layers that are loaded with a transformer, on the meta device."""
         with torch.device("meta"):
             return [part.build(self.transformer_config) for part in self.parts if part.build is not None]
 
     def _tokenizer_file(self, text_encoder: Path) -> Path:
         """The file that decides what the tokenizer does: as given, or the one that belongs to the text encoder."""
-        beside = text_encoder if text_encoder.is_dir() else text_encoder.parent
+        folder = text_encoder if text_encoder.is_dir() else text_encoder.parent
         given = self.settings.tokenizer_path
-        place = Path(given) if given else found_or(beside / "google/umt5-xxl", find_tokenizer, text_encoder)
+        place = Path(given) if given else found_or(folder / "google/umt5-xxl", find_tokenizer, text_encoder)
         return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), place)
 
     def _part(self, given: str | None, place: tuple[str, str]) -> Path:

@@ -109,7 +109,7 @@ def transformer_bytes(shape: WanConfig, itemsize: int, fp8: bool) -> dict[str, i
         return module_bytes(WanTransformer(**shape.as_dict()), itemsize, fp8)
 
 
-def beside_bytes(model: nn.Module, itemsize: int, fp8: bool) -> dict[str, int]:
+def part_bytes(model: nn.Module, itemsize: int, fp8: bool) -> dict[str, int]:
     """`module_bytes` of layers that run beside a transformer, between its blocks: one of theirs at a time."""
     return module_bytes(model, itemsize, fp8, blocks_at_once=1) | {"sequential": 0}
 
@@ -131,7 +131,7 @@ def estimate_needs(
     encodes: bool = True,
     vae: Mapping | None = None,
     text_encoder: int = TEXT_ENCODER,
-    beside: Sequence[nn.Module] = (),
+    parts: Sequence[nn.Module] = (),
     more: Mapping[str, int] | None = None,
     more_fp8: Mapping[str, int] | None = None,
 ) -> Needs:
@@ -144,12 +144,12 @@ def estimate_needs(
         photos: of Stand-In, whose keys and values are kept.
         encodes: the VAE reads pictures or videos of this size too.
         vae, text_encoder: of a model that has not the released ones.
-        beside: the layers of parts that run beside the transformer (VACE, audio), on the meta device.
+        parts: the layers of parts that run beside the transformer (VACE, audio), on the meta device.
         more, more_fp8: memory mode -> bytes of further weights (live LoRAs: those of one expert, under `resident` of
             all), beside weights in `itemsize` and in float8.
     """
     wide, narrow = (
-        add_bytes(transformer_bytes(shape, itemsize, fp8), *(beside_bytes(layers, itemsize, fp8) for layers in beside))
+        add_bytes(transformer_bytes(shape, itemsize, fp8), *(part_bytes(layers, itemsize, fp8) for layers in parts))
         for fp8 in (False, True)
     )
     of_experts, of_experts_fp8 = ({"resident": (experts - 1) * each["resident"]} for each in (wide, narrow))
@@ -166,7 +166,7 @@ def estimate_needs(
     kept = 2 * shape.num_layers * shape.dim * itemsize  # keys and values of a token, in every block
     adapter = 3 * shape.num_layers * 2 * 128 * shape.dim * itemsize if photos else 0  # Stand-In's, of rank 128
     # VACE's blocks look at the prompts too.
-    branch_layers = sum(len(getattr(layers, "vace_blocks", ())) for layers in beside)
+    branch_layers = sum(len(getattr(layers, "vace_blocks", ())) for layers in parts)
     kept_text = 2 * shape.text_len * kept * (1 + branch_layers / shape.num_layers)
 
     cost = VaeCost.of(shape, vae)
@@ -174,7 +174,7 @@ def estimate_needs(
     windows = Tiling().windows(rows, columns)
     of_tiles = sum((row.stop - row.start) * (column.stop - column.start) for row, column in windows)
     tile = min(rows, Tiling().tile[0]) * min(columns, Tiling().tile[1])
-    blended = 2 * 4 * 3 * spatial**2  # of a chunk: the frames put together, and their clamped copy
+    blended = 2 * 4 * 3 * spatial**2  # for each chunk the frames put together, and their clamped copy
     return Needs(
         experts=experts,
         expert=wide["model"],
@@ -202,12 +202,12 @@ def needs_of_config(config: dict) -> Needs | None:
         return None
     shape, tiny, defaults = shape_of(config), bool(config.get("tiny")), config["defaults"]
     same = {name: getattr(shape, name) for name in ("dim", "num_layers")}
-    beside = []
+    parts = []
     with torch.device("meta"):
         if "vace" in config and not tiny:
-            beside = [VaceBranch(ffn_dim=shape.ffn_dim, num_heads=shape.num_heads, **same, **config["vace"])]
+            parts = [VaceBranch(ffn_dim=shape.ffn_dim, num_heads=shape.num_heads, **same, **config["vace"])]
         elif "square" in config.get("files", {}):
-            beside = [AudioAdapter(**same)]
+            parts = [AudioAdapter(**same)]
     return estimate_needs(
         shape,
         defaults["height"],
@@ -215,10 +215,10 @@ def needs_of_config(config: dict) -> Needs | None:
         defaults["num_frames"],
         experts=len(config.get("experts") or (None,)),
         photos=int(has_identity(config) and not tiny),
-        encodes=bool(beside) or family_of(config) not in ("t2v", "ti2v"),
+        encodes=bool(parts) or family_of(config) not in ("t2v", "ti2v"),
         vae=config.get("vae"),
         text_encoder=0 if tiny else TEXT_ENCODER,
-        beside=beside,
+        parts=parts,
     )
 
 

@@ -8,7 +8,7 @@ from errors import UsageError
 from models.wan.config import VARIANTS, WanConfig
 
 PROJECT = Path(__file__).parent.parent
-LARGEST = 2**14  # of any width or length; Wan 14B's widest layer has 13824
+LARGEST = 2**14  # no width or length is larger; Wan 14B's widest layer has 13824
 LARGEST_SEED = 2**40
 LONGEST_TEXT = 512  # tokens: where prompts are cut
 # What the VAE of a tiny model may say, all that diffusers' AutoencoderKLWan takes; and what each other part has to say.
@@ -36,7 +36,7 @@ PARTS: dict[str, dict[str, object]] = {
     "vace": {"vace_layers": list[int]},
     "multitalk": dict.fromkeys(("audio_dim", "hidden_dim", "num_tokens", "token_dim"), int),
 }
-SPEECH_CONVOLUTIONS = 7  # of wav2vec2, whose strides and kernels are the released ones
+SPEECH_CONVOLUTIONS = 7  # wav2vec2 has so many; their strides and kernels are the released ones
 
 
 def shape_of(config: dict) -> WanConfig:

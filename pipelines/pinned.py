@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 BUFFER = 2**30  # bytes: many times the largest matrix
-ALIGNMENT = 512  # of a tensor in its buffer
+ALIGNMENT = 512  # a tensor begins at a multiple of it in its buffer
 
 
 def pinned_bytes(size: int) -> int:

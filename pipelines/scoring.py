@@ -21,7 +21,7 @@ from metrics.likeness import FaceScorer, sample_pictures
 from pipelines.distributed import Processes
 from pipelines.jobs import Job, attempts
 from pipelines.settings import LikenessSettings
-from preprocess.face_detection import load_recogniser, recogniser_is_there
+from preprocess.face_detection import load_recognizer, recognizer_is_there
 from preprocess.image import read_image
 from preprocess.output import put_in_place
 from preprocess.picture_writer import write_picture
@@ -55,14 +55,14 @@ def load_scorer(settings: LikenessSettings, photos: Sequence[str], argument: str
     """
     if not photos:
         return None
-    if settings.min_face_score is None and not recogniser_is_there(settings.antelopv2_path):
+    if settings.min_face_score is None and not recognizer_is_there(settings.antelopv2_path):
         logger.info("likeness is not measured: no face models here (python download_models.py --only antelopev2)")
         return None
     wants = "a score" if settings.min_face_score is None else "--min_face_score"
-    recogniser = load_recogniser(settings.antelopv2_path, wants)
+    recognizer = load_recognizer(settings.antelopv2_path, wants)
     pictures = [read_image(photo, argument) for photo in photos]
     try:
-        return FaceScorer(recogniser, pictures, settings.face_index if len(photos) == 1 else None, photos)
+        return FaceScorer(recognizer, pictures, settings.face_index if len(photos) == 1 else None, photos)
     except InputError as error:
         if settings.min_face_score is not None:
             raise

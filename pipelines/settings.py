@@ -279,8 +279,8 @@ class WanSettings(Prompts, VideoSize, VideoFile, Sampling, LikenessSettings, Wan
     the user.
     """
 
-    method: ClassVar[str] = "standin"  # of infer.py's
-    families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # of models.wan.config.VARIANTS, that the script can drive
+    method: ClassVar[str] = "standin"  # as infer.py names it
+    families: ClassVar[tuple[str, ...]] = ("t2v", "ti2v")  # kinds of models.wan.config.VARIANTS that the script drives
     wants_flash: ClassVar[bool] = False  # whether the model's authors ask for flash attention
     # How to get from the tiny model to a real one.
     real_model: ClassVar[str] = "python download_models.py --wan_version 2.1, then add --wan_version 2.1"

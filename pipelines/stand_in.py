@@ -16,7 +16,7 @@ from models.wan.checkpoint import read_tensors
 from models.wan.slots import Plugin
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
-from pipelines.conditions import image_to_clip
+from pipelines.conditions import image_to_video
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading, meta_transformer
 from pipelines.settings import Settings, is_tiny
@@ -93,7 +93,7 @@ class Identities:
         self.references: list[Tensor] = []  # latents (1, C, 1, 64, 64); never tiled, as in training
         if faces:
             with wan.vae() as vae:
-                self.references = [vae.encode(image_to_clip(face).to(wan.device)) for face in faces]
+                self.references = [vae.encode(image_to_video(face).to(wan.device)) for face in faces]
         self._computed: dict[int, Identity] = {}
         self._with_loras = True  # the state of the weights that they were computed with
         self._adapters: dict[int, StandIn] = {}

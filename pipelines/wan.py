@@ -138,7 +138,7 @@ class Wan:
             encodes=self.files.encodes_videos,
             vae=self.config.get("vae") if self.is_tiny else None,
             text_encoder=0 if self.is_tiny else TEXT_ENCODER,
-            beside=self.files.layers_beside(),
+            parts=self.files.part_layers(),
             more={memory: self.lora_bytes(memory) for memory in MODES},
             more_fp8={memory: self.lora_bytes(memory, fp8=True) for memory in MODES},
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs import download_command, load_config
 from errors import WeightsError
-from preprocess.face_detection import DETECTOR_PATH, recogniser_is_there
+from preprocess.face_detection import DETECTOR_PATH, recognizer_is_there
 
 logger = logging.getLogger("selfsame")
 
@@ -46,7 +46,7 @@ class WeightsFile:
         Raises:
             WeightsError: it is missing, damaged, or of another model.
         """
-        if self.path.is_symlink() and not self.path.exists():  # of a hub's cache that was moved or cleaned
+        if self.path.is_symlink() and not self.path.exists():  # a hub's cache was moved or cleaned
             raise WeightsError(f"{self.path}: a link to {os.readlink(self.path)}, which is not there")
         if not self.path.exists():
             raise WeightsError(f"{self.path}: no such weights")
@@ -72,7 +72,7 @@ def face_files(settings, needed_by: str | None) -> list[WeightsFile]:
         folder = Path(settings.antelopv2_path or DETECTOR_PATH)
 
         def read() -> None:
-            if not recogniser_is_there(folder):
+            if not recognizer_is_there(folder):
                 raise WeightsError(f"{folder}: no .onnx files there, nor in its models/antelopev2/")
 
         name = f"face models (for {needed_by})" if needed_by else "face models"

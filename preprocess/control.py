@@ -290,10 +290,10 @@ def read_mask(path: str | Path, argument: str, shape: tuple[int, ...] | None = N
     else:
         frames, fps = read_clip(path, argument)
     sample = frames[:: max(1, len(frames) // 8)].astype(numpy.int16)
-    coloured = float((sample.max(axis=-1) - sample.min(axis=-1) > 48).mean())
-    if coloured > 0.001:  # video codecs leave a little colour at edges
+    colored = float((sample.max(axis=-1) - sample.min(axis=-1) > 48).mean())
+    if colored > 0.001:  # video codecs leave a little colour at edges
         raise InputError(
-            f"{argument} {path}: {coloured:.1%} of its pixels are coloured; a mask is black (kept) and white (made)"
+            f"{argument} {path}: {colored:.1%} of its pixels are coloured; a mask is black (kept) and white (made)"
         )
     between = float(((sample > 64) & (sample < 192)).mean())
     if between > 0.05:

@@ -215,9 +215,9 @@ def remove_background(
     return rgb, numpy.dstack([picture, alpha])
 
 
-def parser_input(picture: numpy.ndarray, normalisation: str = "half") -> numpy.ndarray:
+def parser_input(picture: numpy.ndarray, normalization: str = "half") -> numpy.ndarray:
     """(S, S, 3) uint8 RGB -> (1, 3, S, S) float32, normalised by a key of `NORMALISATIONS`."""
-    mean, std = (numpy.array(v, numpy.float32) for v in NORMALISATIONS[normalisation])
+    mean, std = (numpy.array(v, numpy.float32) for v in NORMALISATIONS[normalization])
     return ((picture.astype(numpy.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
 
 
@@ -244,7 +244,7 @@ def _warn_of_poor_face(face: Face, cut: bool, shape: tuple[int, ...], name: str)
             logger.warning("the face in %s is seen from the side (%s): near frontal photos work best", name, about)
 
 
-def load_parser(path: str | Path | None = None, normalisation: str = "half", device: str = "cpu") -> Parser:
+def load_parser(path: str | Path | None = None, normalization: str = "half", device: str = "cpu") -> Parser:
     """A face parser: ((S, S, 3) uint8 RGB, face box or None) -> (S, S) class labels, 0 the background.
 
     Args:
@@ -265,24 +265,24 @@ def load_parser(path: str | Path | None = None, normalisation: str = "half", dev
             "For the real one: python download_models.py --only face-parsing", PARSER_PATH,
         )  # fmt: skip
         return GrabCutParser()
-    return BiSeNetParser(path or PARSER_PATH, normalisation, device)
+    return BiSeNetParser(path or PARSER_PATH, normalization, device)
 
 
 class BiSeNetParser:
     """facexlib's BiSeNet: 19 classes."""
 
-    def __init__(self, path: str | Path, normalisation: str = "half", device: str = "cpu"):
+    def __init__(self, path: str | Path, normalization: str = "half", device: str = "cpu"):
         from preprocess.face_parsing import load_bisenet
 
         self.model = load_bisenet(path).to(device)
-        self.normalisation = normalisation
+        self.normalization = normalization
         self.device = device
 
     def __call__(self, picture: numpy.ndarray, face_box: Box | None = None) -> numpy.ndarray:
         import torch
 
         with torch.inference_mode():
-            logits = self.model(torch.from_numpy(parser_input(picture, self.normalisation)).to(self.device))
+            logits = self.model(torch.from_numpy(parser_input(picture, self.normalization)).to(self.device))
         return logits.argmax(dim=1)[0].cpu().numpy()  # (S, S)
 
 

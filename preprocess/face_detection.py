@@ -63,7 +63,7 @@ def load_detector(path: str | Path | None = None, *, landmarks: bool = False) ->
     return InsightFaceDetector(folder, landmarks)
 
 
-def load_recogniser(path: str | Path | None = None, needed_by: str = "this") -> "InsightFaceDetector":
+def load_recognizer(path: str | Path | None = None, needed_by: str = "this") -> "InsightFaceDetector":
     """A detector whose faces carry their ArcFace embedding.
 
     Args:
@@ -82,8 +82,8 @@ def load_recogniser(path: str | Path | None = None, needed_by: str = "this") -> 
     return InsightFaceDetector(folder, embeddings=True)
 
 
-def recogniser_is_there(path: str | Path | None = None) -> bool:
-    """Whether `load_recogniser` has files to load."""
+def recognizer_is_there(path: str | Path | None = None) -> bool:
+    """Whether `load_recognizer` has files to load."""
     return _onnx_folder(path or DETECTOR_PATH) is not None
 
 

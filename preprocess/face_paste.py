@@ -292,7 +292,7 @@ def soften(mask: numpy.ndarray, radius: int = 12) -> numpy.ndarray:
     return cv2.GaussianBlur(cv2.dilate(mask, disc), (2 * radius + 1, 2 * radius + 1), 0)
 
 
-def match_colours(
+def match_colors(
     generated: numpy.ndarray, original: numpy.ndarray, region: numpy.ndarray, strength: float = 0.75
 ) -> numpy.ndarray:
     """Bring the mean and spread of a region's L, a and b to the original's, by `strength`. (H, W, 3) uint8."""
@@ -315,6 +315,6 @@ def match_colours(
 def composite(original: numpy.ndarray, generated: numpy.ndarray, mask: numpy.ndarray) -> numpy.ndarray:
     """The generated face in the original frame: colours matched, soft at the edge, untouched where the mask is 0."""
     alpha = mask[..., None].astype(numpy.float32) / 255
-    generated = match_colours(generated, original, mask > 127)
+    generated = match_colors(generated, original, mask > 127)
     mixed = numpy.rint(original + alpha * (generated.astype(numpy.float32) - original)).astype(numpy.uint8)
     return numpy.where(mask[..., None] > 0, mixed, original)

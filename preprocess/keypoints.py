@@ -29,14 +29,14 @@ def draw_keypoints(keypoints: numpy.ndarray, height: int, width: int) -> numpy.n
     for index in (0, 1, 3, 4):
         point, nose = keypoints[index], keypoints[NOSE]
         # Truncated, not rounded, and in this order of sums: the drawing is equal to the authors' pixel by pixel.
-        centre = tuple(int(v) for v in numpy.mean([point, nose], axis=0))
+        center = tuple(int(v) for v in numpy.mean([point, nose], axis=0))
         length = math.hypot(point[0] - nose[0], point[1] - nose[1])
         angle = int(math.degrees(math.atan2(point[1] - nose[1], point[0] - nose[0])))
-        limb = cv2.ellipse2Poly(centre, (int(length / 2), LIMB_HALF_WIDTH), angle, 0, 360, 1)
+        limb = cv2.ellipse2Poly(center, (int(length / 2), LIMB_HALF_WIDTH), angle, 0, 360, 1)
         cv2.fillConvexPoly(canvas, limb, COLOURS[index])
     canvas = (canvas * 0.6).astype(numpy.uint8)
-    for (x, y), colour in zip(keypoints, COLOURS, strict=True):
-        cv2.circle(canvas, (int(x), int(y)), POINT_RADIUS, colour, -1)
+    for (x, y), color in zip(keypoints, COLOURS, strict=True):
+        cv2.circle(canvas, (int(x), int(y)), POINT_RADIUS, color, -1)
     return canvas
 
 
@@ -85,7 +85,7 @@ def frame_face(
     width: int,
     *,
     face_height: float,
-    centre: tuple[float, float],
+    center: tuple[float, float],
     roll: float,
 ) -> tuple[numpy.ndarray, Box]:
     """Move a face to where it should be in a frame, by turning, scaling and shifting it.
@@ -106,7 +106,7 @@ def frame_face(
     turn = math.radians(roll) - math.atan2(down, across)
     scale = face_height * height / (y2 - y1)
     matrix = scale * numpy.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    target = numpy.array([centre[0] * width, centre[1] * height])
+    target = numpy.array([center[0] * width, center[1] * height])
     moved = (keypoints - ((x1 + x2) / 2, (y1 + y2) / 2)) @ matrix.T + target
     half = scale / 2 * numpy.array([x2 - x1, y2 - y1])
     return moved, (*(target - half).tolist(), *(target + half).tolist())

@@ -35,11 +35,11 @@ def read_metadata(path: str | os.PathLike) -> dict:
     Raises:
         InputError: no such file, or neither place holds a JSON object.
     """
-    inside, beside = read_comment(path), read_record(sidecar_path(Path(path)))
-    if inside is None and beside is None:
+    inside, sidecar = read_comment(path), read_record(sidecar_path(Path(path)))
+    if inside is None and sidecar is None:
         name = sidecar_path(Path(path)).name
         raise InputError(f"{path} carries no record of what made it, and {name} does not either")
-    return beside if inside is None else whole_record(inside, beside)
+    return sidecar if inside is None else whole_record(inside, sidecar)
 
 
 def read_comment(path: str | os.PathLike) -> dict | None:
@@ -117,10 +117,10 @@ def text_of(kind: bytes, chunk: bytes) -> bytes | None:
     return content if kind == b"iTXt" else content.decode("latin-1").encode()
 
 
-def whole_record(inside: dict, beside: dict | None) -> dict:
+def whole_record(inside: dict, sidecar: dict | None) -> dict:
     """The record beside a file where it is that of the record inside, which lacks the folders; else the one inside."""
-    is_same = beside is not None and "content" in inside and beside.get("content") == inside["content"]
-    return beside if is_same else inside
+    is_same = sidecar is not None and "content" in inside and sidecar.get("content") == inside["content"]
+    return sidecar if is_same else inside
 
 
 def without_folders(record: dict) -> dict:

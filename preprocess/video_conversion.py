@@ -1,6 +1,6 @@
 """Videos as cameras and broadcasters store them -> what models are made for: whole frames, 8-bit BT.709, one rate.
 
-    format = StreamFormat.from_banner(line)                # of ffmpeg's line on the video stream
+    format = StreamFormat.from_banner(line)                # what ffmpeg says of the video stream
     filters, messages = conversion_filters(format, available)
     times = [0.0, 0.1, 0.2, 0.23, …]                       # seconds, of the stored frames
     shown = constant_rate(times, fps)                      # how often each of them is to be shown
@@ -42,8 +42,8 @@ class StreamFormat:
         if match is None:
             return None
         details = (match[3] or "").split(", ")
-        colours = next((detail.split("/") for detail in details if detail.count("/") == 2), [None] * 3)
-        matrix, primaries, transfer = (None if name in ("unknown", "reserved") else name for name in colours)
+        colors = next((detail.split("/") for detail in details if detail.count("/") == 2), [None] * 3)
+        matrix, primaries, transfer = (None if name in ("unknown", "reserved") else name for name in colors)
         aspect = re.search(r"\bSAR (\d+:\d+)", line)
         return cls(
             match[1],
@@ -74,7 +74,7 @@ def conversion_filters(format: StreamFormat, available: Callable[[str], bool]) -
     hdr, wide = HDR.get(format.transfer), format.primaries in WIDE
     name = f"is HDR ({hdr})" if hdr else f"has wide colours ({format.primaries})"
     if (hdr or wide) and available("zscale") and available("tonemap"):
-        filters += colour_filters(format)
+        filters += color_filters(format)
         messages.append(f"{name}: {'tone-mapped' if hdr else 'converted'} to BT.709")
     elif hdr or wide:
         messages.append(
@@ -91,7 +91,7 @@ def conversion_filters(format: StreamFormat, available: Callable[[str], bool]) -
     return filters, messages
 
 
-def colour_filters(format: StreamFormat) -> list[str]:
+def color_filters(format: StreamFormat) -> list[str]:
     """To linear light, to BT.709's primaries, highlights compressed, to BT.709's R'G'B' of full range."""
     # What an HDR file leaves open is BT.2020; without a matrix zscale would refuse.
     stated = f"setparams=colorspace={format.matrix or 'bt2020nc'}:color_primaries={format.primaries or 'bt2020'}"

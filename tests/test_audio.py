@@ -247,8 +247,8 @@ def test_features_are_where_the_convolutions_look():
     first = last = feature = 7
     for kernel, stride in reversed(kernel_and_stride):
         first, last = first * stride, last * stride + kernel - 1
-    centre = Fraction(first + last + 1, 2)  # in samples
-    frame = centre / 640 - Fraction(1, 2)
+    center = Fraction(first + last + 1, 2)  # in samples
+    frame = center / 640 - Fraction(1, 2)
     assert timeline.feature_at(frame) == feature
     assert num_features(last + 1) == feature + 1
     assert num_features(last) == feature

@@ -17,7 +17,7 @@ from preprocess.face_alignment import (
     to_uint8,
     white_background,
 )
-from preprocess.face_detection import Face, load_recogniser
+from preprocess.face_detection import Face, load_recognizer
 from preprocess.face_paste import intersection_over_union
 from preprocess.retinaface import (
     RetinaFace,
@@ -43,7 +43,7 @@ def face(box, embedding=None):
     return Face(tuple(map(float, box)), 0.99, points.astype(np.float32), embedding=embedding)
 
 
-class Recogniser:
+class Recognizer:
     """antelopev2's answers; `embed` notes the points it is asked about."""
 
     def __init__(self, *boxes):
@@ -67,17 +67,17 @@ def retinaface(*boxes):
 
 def test_both_detectors_see_two_people_and_one_person_is_taken():
     """Upstream takes the largest for the identity and the most central for the picture: two people."""
-    recogniser, shifted = Recogniser(LARGE, CENTRAL), tuple(v + 8 for v in LARGE)
-    chosen = choose(PICTURE, recogniser, retinaface(CENTRAL, shifted), None, "family.jpg")
+    recognizer, shifted = Recognizer(LARGE, CENTRAL), tuple(v + 8 for v in LARGE)
+    chosen = choose(PICTURE, recognizer, retinaface(CENTRAL, shifted), None, "family.jpg")
     assert chosen.embedding[0] == 0
     assert np.array_equal(chosen.landmarks, face(shifted).keypoints)
-    other = choose(PICTURE, recogniser, retinaface(CENTRAL, shifted), 1, "family.jpg")
+    other = choose(PICTURE, recognizer, retinaface(CENTRAL, shifted), 1, "family.jpg")
     assert other.embedding[0] == 1
     assert np.array_equal(other.landmarks, face(CENTRAL).keypoints)
 
 
 def test_upstreams_rule_mixes_them_and_says_so(caplog):
-    chosen = choose_as_upstream(PICTURE, Recogniser(LARGE, CENTRAL), retinaface(LARGE, CENTRAL), "family.jpg")
+    chosen = choose_as_upstream(PICTURE, Recognizer(LARGE, CENTRAL), retinaface(LARGE, CENTRAL), "family.jpg")
     assert chosen.embedding[0] == 0
     assert np.array_equal(chosen.landmarks, face(CENTRAL).keypoints)
     assert "family.jpg differ: two people are mixed" in caplog.text
@@ -85,26 +85,26 @@ def test_upstreams_rule_mixes_them_and_says_so(caplog):
 
 def test_detectors_see_different_people(caplog):
     """The face that antelopev2 knows is not among RetinaFace's: its own points align it."""
-    chosen = choose(PICTURE, Recogniser(LARGE), retinaface(CENTRAL), None, "me.jpg")
+    chosen = choose(PICTURE, Recognizer(LARGE), retinaface(CENTRAL), None, "me.jpg")
     assert chosen.embedding[0] == 0
     assert np.array_equal(chosen.landmarks, chosen.keypoints)
     assert "RetinaFace sees another face, not one in me.jpg where antelopev2 sees" in caplog.text
 
 
 def test_only_one_detector_sees_a_face(caplog):
-    recogniser = Recogniser()
-    chosen = choose(PICTURE, recogniser, retinaface(CENTRAL), None, "me.jpg")
+    recognizer = Recognizer()
+    chosen = choose(PICTURE, recognizer, retinaface(CENTRAL), None, "me.jpg")
     assert chosen.embedding[0] == 9
-    assert np.array_equal(recogniser.asked[0], chosen.landmarks)
+    assert np.array_equal(recognizer.asked[0], chosen.landmarks)
     assert "antelopev2 finds no face in me.jpg, RetinaFace does" in caplog.text
     caplog.clear()
-    chosen = choose(PICTURE, Recogniser(CENTRAL), retinaface(), None, "me.jpg")
+    chosen = choose(PICTURE, Recognizer(CENTRAL), retinaface(), None, "me.jpg")
     assert np.array_equal(chosen.landmarks, chosen.keypoints)
     assert "RetinaFace sees nothing in me.jpg" in caplog.text
 
 
 def test_antelopev2_alone_is_no_disagreement(caplog):
-    chosen = choose(PICTURE, Recogniser(CENTRAL), None, None, "me.jpg")
+    chosen = choose(PICTURE, Recognizer(CENTRAL), None, None, "me.jpg")
     assert np.array_equal(chosen.landmarks, chosen.keypoints)
     assert not caplog.records
 
@@ -112,15 +112,15 @@ def test_antelopev2_alone_is_no_disagreement(caplog):
 @pytest.mark.parametrize("rule", [lambda *a: choose(*a[:3], None, a[3]), choose_as_upstream])
 def test_no_face_is_one_clear_line(rule):
     with pytest.raises(InputError, match=r"^no face found in wall.jpg \(600x400\); ConsisID needs a photo"):
-        rule(PICTURE, Recogniser(), retinaface(), "wall.jpg")
+        rule(PICTURE, Recognizer(), retinaface(), "wall.jpg")
 
 
 def test_a_face_without_a_detection_is_recognised_by_its_points(tmp_path):
     """The same points give the embedding that a detection there would have."""
-    recogniser = load_recogniser(write_antelopev2(tmp_path / "two"))
-    found = recogniser(PICTURE)[0]
-    np.testing.assert_allclose(recogniser.embed(PICTURE, found.keypoints), found.embedding, rtol=1e-6)
-    blind = load_recogniser(write_antelopev2(tmp_path / "blind", faces=()))
+    recognizer = load_recognizer(write_antelopev2(tmp_path / "two"))
+    found = recognizer(PICTURE)[0]
+    np.testing.assert_allclose(recognizer.embed(PICTURE, found.keypoints), found.embedding, rtol=1e-6)
+    blind = load_recognizer(write_antelopev2(tmp_path / "blind", faces=()))
     assert blind(PICTURE) == []
     np.testing.assert_allclose(blind.embed(PICTURE, found.keypoints), found.embedding, rtol=1e-6)
 

@@ -155,7 +155,7 @@ def test_extended_clips(frames, ends):
     assert np.array_equal(video[masks[:, 0, 0] == 0], np.concatenate([c for c in (before, after) if c is not None]))
 
 
-def test_a_last_frame_of_another_size_is_centred_on_white(frames):
+def test_a_last_frame_of_another_size_is_centerd_on_white(frames):
     black = np.zeros((10, 10, 3), np.uint8)
     fitted = fit_on_white(black, 24, 32)
     assert (fitted[:, 4:28] == 0).all() and (fitted[:, :4] == 255).all() and (fitted[:, 28:] == 255).all()

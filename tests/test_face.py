@@ -84,7 +84,7 @@ def test_face_index_out_of_range_lists_the_faces(index):
 # ------------------------------------------------------------------------------------------ cropping
 
 
-def test_crop_is_one_and_a_half_faces_around_its_centre():
+def test_crop_is_one_and_a_half_faces_around_its_center():
     image = np.zeros((400, 600, 3), np.uint8)
     crop = crop_face(image, Face((200.9, 100.2, 300.5, 180.7), 1.0))  # truncated to 200, 100, 300, 180
     assert crop.box == (175, 65, 325, 215)
@@ -130,7 +130,7 @@ def test_masks(mask, white):
     assert (rgba[..., :3] == 40).all()
 
 
-def test_parser_input_normalisations():
+def test_parser_input_normalizations():
     picture = np.array([[[0, 128, 255]]], np.uint8)
     np.testing.assert_allclose(parser_input(picture).ravel(), [-1, 0.003922, 1], atol=1e-5)
     np.testing.assert_allclose(parser_input(picture, "imagenet").ravel(), [-2.117904, 0.205182, 2.64], atol=1e-5)

@@ -35,7 +35,7 @@ from preprocess.face_paste import (
     fill_gaps,
     find_cuts,
     follow_face,
-    match_colours,
+    match_colors,
     paste_aligned,
     soften,
 )
@@ -183,7 +183,7 @@ def test_alignment_turns_scales_and_shifts():
     assert not mask.any()
 
 
-def test_composite_touches_nothing_outside_the_mask_and_matches_colours():
+def test_composite_touches_nothing_outside_the_mask_and_matches_colors():
     random = numpy.random.default_rng(0)
     original = random.integers(60, 200, (96, 96, 3)).astype(numpy.uint8)
     mask = numpy.zeros((96, 96), numpy.uint8)
@@ -196,10 +196,10 @@ def test_composite_touches_nothing_outside_the_mask_and_matches_colours():
     mixed = composite(original, darker, soft)
     assert (mixed[soft == 0] == original[soft == 0]).all()
     region = soft > 127
-    matched = match_colours(darker, original, region)
+    matched = match_colors(darker, original, region)
     before, after = (abs(p[region].mean() - original[region].mean()) for p in (darker, matched))
     assert after < 0.4 * before
-    assert match_colours(darker, original, numpy.zeros((96, 96), bool)) is darker
+    assert match_colors(darker, original, numpy.zeros((96, 96), bool)) is darker
 
 
 # ------------------------------------------------------------------------------------------------------ end to end

@@ -95,7 +95,7 @@ class MadeUpSettings(BaseSettings):
 
     words: tuple[str, ...] = setting("several, at 100% of the width", (), metavar="WORD", names=("--texts",))
     scale: tuple[float, ...] = setting("one, or each", (1.0,), low=-2, high=2)
-    centre: tuple[float, float] | None = setting("of a circle", None, metavar=("X", "Y"), shown="the middle")
+    center: tuple[float, float] | None = setting("of a circle", None, metavar=("X", "Y"), shown="the middle")
     count: int | None = setting("how many", None, low=1, high=9)
     mode: str = setting("which way", "up", choices=("up", "down"))
     dry: bool = setting("nothing is made", False)
@@ -111,11 +111,11 @@ def parser() -> Parser:
     return parser
 
 
-WORDS = "--words a --texts b c --scale 1 --scale 0.5 --centre 0.1 2 --count 3 --mode down --dry --held False"
+WORDS = "--words a --texts b c --scale 1 --scale 0.5 --center 0.1 2 --count 3 --mode down --dry --held False"
 VALUES = {
     "words": ["a", "b", "c"],
     "scale": [1.0, 0.5],
-    "centre": [0.1, 2.0],
+    "center": [0.1, 2.0],
     "count": 3,
     "mode": "down",
     "dry": True,
@@ -128,7 +128,7 @@ def test_every_field_that_says_something_is_a_flag(parser):
     assert vars(parser.parse_args(WORDS.split())) == {"strength": None, **VALUES}
     assert parser.parse_args(["--held"]).held is True
     for flags, words in (
-        (["--centre", "1"], "^--centre: expected 2 arguments"),
+        (["--center", "1"], "^--center: expected 2 arguments"),
         (["--count", "x"], "^--count: invalid"),
         (["--texts"], "^--words: expected at least one"),  # under the name that it has here
         (["--held", "maybe"], "^--held: 'maybe': accepted are True and False"),
@@ -173,7 +173,7 @@ def test_the_help_has_every_default_and_choice(parser):
         "of a test:",
         "--words, --texts WORD [WORD ...] several, at 100% of the width (none)",
         "--scale X [X ...] one, or each (1)",
-        "--centre X Y of a circle (the middle)",
+        "--center X Y of a circle (the middle)",
         "--count N how many (none)",
         "--mode {up,down} which way (up)",
         "--dry nothing is made (off)",

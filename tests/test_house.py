@@ -72,8 +72,8 @@ def test_nothing_imports_upwards():
     strange = []
     for module, imported in IMPORTS:
         own, other = floor_of(module), floor_of(imported)
-        is_neighbour = own == other and module.split(".")[0] != imported.split(".")[0]
-        if other is not None and (other > own or (is_neighbour and own != FLOOR["scripts"])):
+        is_neighbor = own == other and module.split(".")[0] != imported.split(".")[0]
+        if other is not None and (other > own or (is_neighbor and own != FLOOR["scripts"])):
             strange.append(f"{module} imports {imported}")
     assert strange == []
 

@@ -72,7 +72,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff"])
-def test_16_bit_colour(tmp_path, name):
+def test_16_bit_color(tmp_path, name):
     blue_green_red = np.array([[(0, 64 * 257, 65535), (200 * 257, 0, 0)]], np.uint16)
     cv2.imwrite(str(tmp_path / name), blue_green_red)
     np.testing.assert_array_equal(read_image(tmp_path / name), [[(255, 64, 0), (0, 0, 200)]])
@@ -122,14 +122,14 @@ def test_exif_rotation(tmp_path, dtype):
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_animation_gives_its_first_frame_and_a_warning(tmp_path, caplog, name):
-    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [PIL.Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, lossless=True)
     np.testing.assert_array_equal(read_image(tmp_path / name)[4, 4], RED)
     assert "2 frames; the first is used" in caplog.text
 
 
 def test_camera_mpo_is_one_picture(tmp_path, caplog):
-    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [PIL.Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "a.mpo")[4, 4, 0] > 250
     assert not caplog.records
@@ -252,7 +252,7 @@ def test_32_bit_tiff_is_scaled_by_what_it_holds_or_refused(tmp_path, largest, sh
 
 
 @pytest.mark.parametrize(("largest", "shown"), [(200, 200), (40_000, 156), (70_000, None), (-5, None)])
-def test_32_bit_colour_too(tmp_path, largest, shown):
+def test_32_bit_color_too(tmp_path, largest, shown):
     cv2.imwrite(str(tmp_path / "a.tiff"), np.array([[[0] * 3, [largest] * 3]], np.int32))
     if shown is None:
         with pytest.raises(InputError, match="have no known scale"):

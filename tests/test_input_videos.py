@@ -298,7 +298,7 @@ def test_hdr_is_tone_mapped(tmp_path, caplog, transfer, curve, name):
     np.testing.assert_allclose(read[1, 16, 16::32], tone_mapped(PATCHES), atol=3)
 
 
-def test_wide_colours_of_sdr_are_converted(tmp_path, caplog):
+def test_wide_colors_of_sdr_are_converted(tmp_path, caplog):
     """What is within BT.709 looks the same: its colours, stored by BT.2020's primaries, come back."""
     wanted = np.array([[200, 120, 90], [60, 140, 70], [128, 128, 128], [250, 250, 250]])
     from_709 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]

@@ -33,7 +33,7 @@ from pipelines.instant_id import pipeline as instant_id
 from pipelines.instant_id.command import resolve_instant_id
 from pipelines.text_to_video import command as image_to_video_command
 from pipelines.text_to_video.command import picture_settings, resolve_image_to_video
-from preprocess.face_detection import Face, load_recogniser
+from preprocess.face_detection import Face, load_recognizer
 from preprocess.image import read_image
 from preprocess.keypoints import box_mask, draw_keypoints, frame_face
 from preprocess.record import read_picture_metadata
@@ -105,13 +105,13 @@ def sample(pipeline, seed=0, embedding=None, **call) -> torch.Tensor:
 
 def test_framed_face_is_where_it_was_asked_for():
     box = (80.0, 60.0, 180.0, 180.0)
-    keypoints, moved = frame_face(KEYPOINTS, box, 1000, 500, face_height=0.3, centre=(0.5, 0.4), roll=0.0)
+    keypoints, moved = frame_face(KEYPOINTS, box, 1000, 500, face_height=0.3, center=(0.5, 0.4), roll=0.0)
     assert moved == pytest.approx((250 - 125, 400 - 150, 250 + 125, 400 + 150))
     numpy.testing.assert_allclose(keypoints, (KEYPOINTS - (130, 120)) * 2.5 + (250, 400))
-    turned, _ = frame_face(KEYPOINTS, box, 1000, 500, face_height=0.3, centre=(0.5, 0.4), roll=30.0)
+    turned, _ = frame_face(KEYPOINTS, box, 1000, 500, face_height=0.3, center=(0.5, 0.4), roll=30.0)
     across, down = turned[1] - turned[0]
     assert math.degrees(math.atan2(down, across)) == pytest.approx(30)
-    again, _ = frame_face(turned, box, 1000, 500, face_height=0.12, centre=(0.5, 0.4), roll=0.0)
+    again, _ = frame_face(turned, box, 1000, 500, face_height=0.12, center=(0.5, 0.4), roll=0.0)
     assert again[0][1] == pytest.approx(again[1][1])  # a tilted photo is levelled
 
 
@@ -276,8 +276,8 @@ def test_prompts_are_split_over_processes(weights, tmp_path, monkeypatch):
 def test_without_a_size_the_picture_has_the_photos_shape(weights):
     arguments = flags(weights, "--method", "instantid", "--ip_image", PORTRAIT, "--prompt", "x")
     settings, _ = resolve_instant_id(infer.parse_args(arguments))
-    recogniser = load_recogniser(weights / "antelopev2")
-    guide = instant_id.guide_face(settings, recogniser)
+    recognizer = load_recognizer(weights / "antelopev2")
+    guide = instant_id.guide_face(settings, recognizer)
     assert guide.size == (1280, 1280)
     # The stub detector's face: cell (6, 8) of stride 32 in a picture of 640, three cells to each side.
     assert guide.box == pytest.approx((320, 192, 704, 576), abs=0.1)

@@ -384,8 +384,8 @@ def test_killed_run_goes_on_and_gives_the_same_frames(tmp_path, monkeypatch):
 def stop_after_clip(monkeypatch, index: int) -> None:
     from pipelines.clip_store import ClipStore
 
-    def stopping(self, clip, handed, finish=ClipStore.finish):
-        finish(self, clip, handed)
+    def stopping(self, clip, handover, finish=ClipStore.finish):
+        finish(self, clip, handover)
         if clip.index == index:
             raise KeyboardInterrupt
 
@@ -412,7 +412,7 @@ def test_unusable_clips_are_made_anew(tmp_path, reference, monkeypatch, caplog, 
         make(tmp_path / "out.mp4", *(["--guidance_scale", 2] if damage == "other settings" else []))
     monkeypatch.undo()
     if damage == "damaged":
-        (tmp_path / ".out.clips" / "handed.safetensors").write_bytes(b"\0" * 50)
+        (tmp_path / ".out.clips" / "handover.safetensors").write_bytes(b"\0" * 50)
     assert (make(tmp_path / "out.mp4") == read_frames(reference)).all()
     assert damage in caplog.text
 
@@ -646,13 +646,13 @@ def test_drift_report_measures_what_was_put_in():
 def test_likeness_is_the_cosine_to_the_pictures_face(monkeypatch):
     """With a recogniser whose embedding is the mean colour, and which sees no face in black."""
 
-    def recogniser(picture: numpy.ndarray) -> list[Face]:
-        colour = picture.mean(axis=(0, 1))
-        return [Face((0, 0, 8, 8), 1.0, embedding=colour)] if colour.any() else []
+    def recognizer(picture: numpy.ndarray) -> list[Face]:
+        color = picture.mean(axis=(0, 1))
+        return [Face((0, 0, 8, 8), 1.0, embedding=color)] if color.any() else []
 
-    monkeypatch.setattr("metrics.drift.recogniser_is_there", lambda: True)
-    monkeypatch.setattr("metrics.drift.load_recogniser", lambda *args: recogniser)
-    red, green, black = (numpy.full((8, 8, 3), colour, numpy.uint8) for colour in ((90, 0, 0), (0, 90, 0), (0, 0, 0)))
+    monkeypatch.setattr("metrics.drift.recognizer_is_there", lambda: True)
+    monkeypatch.setattr("metrics.drift.load_recognizer", lambda *args: recognizer)
+    red, green, black = (numpy.full((8, 8, 3), color, numpy.uint8) for color in ((90, 0, 0), (0, 90, 0), (0, 0, 0)))
     likeness = likeness_to(red)
     assert likeness_to(black) is None
     rows = measure_clips([red, red, black, green, red, green, black, black], [0, 2, 4, 6], likeness)

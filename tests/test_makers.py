@@ -219,12 +219,12 @@ def test_identities_are_kept_for_the_next_video(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(("stabilised", "scale"), [(False, 6 / 9), (True, 6 / 3)])
-def test_rank_stabilised_loras_divide_alpha_by_the_root_of_the_rank(stabilised, scale):
-    assert StatedScale(6.0, stabilised).of(9) == pytest.approx(scale)
+@pytest.mark.parametrize(("stabilized", "scale"), [(False, 6 / 9), (True, 6 / 3)])
+def test_rank_stabilized_loras_divide_alpha_by_the_root_of_the_rank(stabilized, scale):
+    assert StatedScale(6.0, stabilized).of(9) == pytest.approx(scale)
 
 
-def test_the_metadata_say_whether_a_lora_is_rank_stabilised(tmp_path):
+def test_the_metadata_say_whether_a_lora_is_rank_stabilized(tmp_path):
     tensors = dotted("transformer.", "lora_A", "lora_B", lambda name: name)(factors())
     stated = json.dumps({"transformer.lora_alpha": 2 * RANK, "transformer.use_rslora": True})
     save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": stated})
@@ -443,7 +443,7 @@ def test_a_moment_more_than_clips_hold_takes_another_clip(frames, clips):
 
 
 def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_clips(monkeypatch):
-    handed = random(1, 3, 5, 16, 16)
+    handover = random(1, 3, 5, 16, 16)
     given, looked_at = [], []
 
     def condition(vae, frames, num_frames, *, reference, marks_all, end):
@@ -470,10 +470,10 @@ def test_a_clips_condition_is_what_was_handed_over_and_the_end_only_the_last_cli
     maker = maker_of(LongVideoMaker, variant=variant, settings=settings, wan=wan, reference="photo", end="end")
     maker.bars = ProgressBars(shown=False)
     for is_last in (False, True):
-        maker.condition_of(handed, is_last)
+        maker.condition_of(handover, is_last)
     assert [(reference, end) for _, reference, end in given] == [(None, None), (None, "end")]
-    assert all(torch.equal(frames, handed) for frames, *_ in given)
-    assert all(torch.equal(picture, handed[:, :, 0]) for picture, _ in looked_at), "CLIP sees the first of them"
+    assert all(torch.equal(frames, handover) for frames, *_ in given)
+    assert all(torch.equal(picture, handover[:, :, 0]) for picture, _ in looked_at), "CLIP sees the first of them"
     assert [keep for _, keep in looked_at] == [True, False]
 
 

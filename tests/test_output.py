@@ -147,7 +147,7 @@ def test_a_first_frame_is_whole_or_not_there(tmp_path, monkeypatch, events, fail
     guide = FaceGuide(numpy.ones(512, numpy.float32), keypoints, (10.0, 10, 50, 50), (64, 64))
     monkeypatch.setattr(first_frame, "guide_face", lambda *args: guide)
     monkeypatch.setattr(first_frame, "PictureMaker", GreyPictures)
-    for name in ("load_recogniser", "load_scorer"):
+    for name in ("load_recognizer", "load_scorer"):
         monkeypatch.setattr(first_frame, name, lambda *args: None)
     if failing is not None:
         refuse_renaming(monkeypatch, failing)

@@ -161,14 +161,14 @@ def test_a_foreign_state_is_none(tmp_path, content):
     alone = Processes(0, 1, torch.device("cpu"), False)
     (tmp_path / ".out.state").mkdir()
     (tmp_path / ".out.clips").mkdir()
-    for file in (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handed.safetensors"):
+    for file in (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handover.safetensors"):
         save_file({"tensor": torch.zeros(2, 4, 2, 2)}, tmp_path / file, content)
     assert JobState(tmp_path / "out.mp4", IDENTITY).load({}) is None
     assert AvatarState(tmp_path / "out.mp4", IDENTITY, (2, 4, 2, 2), alone).open(torch.zeros(2, 4, 2, 2), True) == 0
     assert ClipStore(tmp_path / "out.mp4", IDENTITY, []).load() == (0, None)
 
 
-STATES = (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handed.safetensors")
+STATES = (".out.state.safetensors", ".out.state/latents.safetensors", ".out.clips/handover.safetensors")
 
 
 @pytest.mark.parametrize("kind", [*MALFORMED, "half", "empty"])

@@ -18,7 +18,7 @@ from pipelines.scoring import load_scorer, make_scored
 from pipelines.settings import LikenessSettings
 from pipelines.text_to_video.command import resolve_image_to_video
 from preprocess import image
-from preprocess.face_detection import Face, load_recogniser
+from preprocess.face_detection import Face, load_recognizer
 from preprocess.picture_writer import write_picture
 from preprocess.record import read_metadata
 from preprocess.video import probe, read_frames
@@ -33,7 +33,7 @@ def vector(*values) -> numpy.ndarray:
     return numpy.array(values, numpy.float32)
 
 
-def recogniser_of(**faces):
+def recognizer_of(**faces):
     """Pictures are named by their first pixel; each shows the faces with these embeddings."""
     shown = {ord(name): [Face(BOX, 0.9, embedding=vector(*v)) for v in vectors] for name, vectors in faces.items()}
     return lambda picture: shown[int(picture[0, 0, 0])]
@@ -54,21 +54,21 @@ def test_cosine_does_not_depend_on_lengths():
 
 
 def test_score_is_the_mean_over_pictures_with_a_face_of_the_most_similar_face():
-    recogniser = recogniser_of(a=[(1, 0)], b=[(0, 1), (1, 0)], c=[(1, 1)], d=[])
-    score = FaceScorer(recogniser, [picture("a")]).score(map(picture, "bcd"))
+    recognizer = recognizer_of(a=[(1, 0)], b=[(0, 1), (1, 0)], c=[(1, 1)], d=[])
+    score = FaceScorer(recognizer, [picture("a")]).score(map(picture, "bcd"))
     assert score.value == pytest.approx((1 + 0.5**0.5) / 2)
     assert (score.with_face, score.pictures) == (2, 3)
-    assert FaceScorer(recogniser, [picture("a")]).score([picture("d")]) == FaceScore(0.0, 0, 1)
+    assert FaceScorer(recognizer, [picture("a")]).score([picture("d")]) == FaceScore(0.0, 0, 1)
 
 
 def test_of_several_people_the_least_similar_counts():
-    recogniser = recogniser_of(a=[(1, 0)], b=[(0, 1)], c=[(1, 0)])
-    assert FaceScorer(recogniser, [picture("a"), picture("b")]).score([picture("c")]).value == pytest.approx(0)
+    recognizer = recognizer_of(a=[(1, 0)], b=[(0, 1)], c=[(1, 0)])
+    assert FaceScorer(recognizer, [picture("a"), picture("b")]).score([picture("c")]).value == pytest.approx(0)
 
 
 def test_a_photo_without_a_face_cannot_be_compared_with():
     with pytest.raises(InputError, match="no face found in me.jpg"):
-        FaceScorer(recogniser_of(a=[]), [picture("a")], names=["me.jpg"])
+        FaceScorer(recognizer_of(a=[]), [picture("a")], names=["me.jpg"])
 
 
 def test_command_line(tmp_path, capsys):
@@ -212,9 +212,9 @@ def test_videos_of_stand_in_are_scored(tmp_path, caplog):
     record = read_metadata(tmp_path / "out.mp4")
     assert record["face_score"]["frames_looked_at"] == 5
     assert "face score" in caplog.text
-    recogniser = load_recogniser(root)
-    embedding = recogniser(scoring.read_image(PROJECT / "assets" / "face.png"))[0].embedding
-    frames = [recogniser(frame)[0].embedding for frame in read_frames(tmp_path / "out.mp4")]
+    recognizer = load_recognizer(root)
+    embedding = recognizer(scoring.read_image(PROJECT / "assets" / "face.png"))[0].embedding
+    frames = [recognizer(frame)[0].embedding for frame in read_frames(tmp_path / "out.mp4")]
     expected = numpy.mean([cosine(embedding, frame) for frame in frames])
     assert record["face_score"]["cosine"] == pytest.approx(expected, abs=1e-4)
 

@@ -240,7 +240,7 @@ def test_one_file_holds_a_lora_and_the_embedder(tmp_path):
     for wrapper in ("", "pipe."):
         own = {f"{wrapper}{KEY}{name}": tensor for name, tensor in embedder.state_dict().items()}
         save_file(lora_tensors() | own, file)
-        lora = read_lora(file, tiny.transformer(), beside=KEY)
+        lora = read_lora(file, tiny.transformer(), other_part=KEY)
         assert len(lora.pairs) == LAYERS and not lora.left_out
         read = load_pose_embedder(file, DIM)
         assert all(torch.equal(tensor, embedder.state_dict()[name]) for name, tensor in read.state_dict().items())
@@ -275,7 +275,7 @@ def test_chosen_poses_are_those_frames_in_that_order(tmp_path):
         assert (read_poses(tmp_path / "pose.mp4", indices, 32, 48) == decoded[indices]).all()
 
 
-def test_poses_keep_their_shape_and_colours():
+def test_poses_keep_their_shape_and_colors():
     frame = numpy.full((20, 10, 3), 255, numpy.uint8)
     frame[::2] = 7
     fitted = fit_pose(frame, 40, 60)

@@ -52,7 +52,7 @@ def stub_models(settings):
     def parser(picture, box):
         return np.ones(picture.shape[:2], int)
 
-    return SimpleNamespace(detector=detector, recogniser=detector, parser=parser)
+    return SimpleNamespace(detector=detector, recognizer=detector, parser=parser)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_processes_share_a_batch_without_overlap(ranks, micro_batch):
         assert all(batch.ids[p] == i for micro in micros for p, i in zip(micro.positions, micro.ids, strict=True))
 
 
-def test_at_every_moment_processes_are_at_neighbouring_positions():
+def test_at_every_moment_processes_are_at_neighboring_positions():
     """The first forward passes of all processes together are the first positions, so that sums add up alike."""
     first = [micro_batches(order().batch(0), 2, rank, 2)[0].positions for rank in range(2)]
     assert first == [(0, 1), (2, 3)]

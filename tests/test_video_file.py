@@ -88,12 +88,12 @@ def test_order_of_frames(tmp_path):
     assert np.abs(read_frames(tmp_path / "out.mp4").mean((1, 2, 3)) - grey[:, 0, 0, 0]).max() < 2
 
 
-def test_colours_come_back(tmp_path):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 150, 120)]
-    patches = [np.broadcast_to(np.array(colour, np.uint8), (4, 64, 16, 3)) for colour in colours]
+def test_colors_come_back(tmp_path):
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 150, 120)]
+    patches = [np.broadcast_to(np.array(color, np.uint8), (4, 64, 16, 3)) for color in colors]
     write_video(tmp_path / "out.mp4", [np.concatenate(patches, axis=2)], fps=16)
-    centres = read_frames(tmp_path / "out.mp4")[2, 32, 8::16]  # (7, 3)
-    assert np.abs(centres.astype(int) - colours).max() <= 3
+    centers = read_frames(tmp_path / "out.mp4")[2, 32, 8::16]  # (7, 3)
+    assert np.abs(centers.astype(int) - colors).max() <= 3
     banner = subprocess.run([ffmpeg_exe(), "-hide_banner", "-i", tmp_path / "out.mp4"], capture_output=True, text=True)
     assert "yuv420p(tv, bt709, progressive)" in banner.stderr  # matrix, primaries and transfer, not the matrix alone
 

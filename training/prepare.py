@@ -24,7 +24,7 @@ from pathlib import Path
 
 from errors import InputError, ResourceError, UsageError, exit_codes
 from pipelines.flags import Parser, add_flags, check_bounds, given_by
-from preprocess.face_detection import recogniser_is_there
+from preprocess.face_detection import recognizer_is_there
 from preprocess.output import safe_name, sync, whole_file
 from preprocess.record import read_record
 from training.data import quiet
@@ -224,7 +224,7 @@ def prepare_all(videos: Sequence[Listed], out: Path, settings: PrepareSettings) 
     from tqdm import tqdm
 
     models, people, troubles, skipped = None, {}, [], 0
-    recognises = bool(settings.faces) and recogniser_is_there(settings.antelopv2_path)
+    recognises = bool(settings.faces) and recognizer_is_there(settings.antelopv2_path)
     for raw, name in zip(tqdm(videos, "preparing", unit="video", disable=None), names_of(videos), strict=True):
         if not raw.video.is_file():
             troubles.append(f"{raw.video}: {raw.trouble}")

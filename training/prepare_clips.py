@@ -13,7 +13,7 @@ import PIL.Image
 from pipelines.flags import setting
 from preprocess.audio import SAMPLE_RATE, cut_samples, read_audio, write_wav
 from preprocess.face import load_parser
-from preprocess.face_detection import load_detector, load_recogniser, recogniser_is_there
+from preprocess.face_detection import load_detector, load_recognizer, recognizer_is_there
 from preprocess.image import write_png
 from preprocess.masks import MASKS
 from preprocess.video import probe, stream_frames
@@ -69,15 +69,15 @@ class Models:
 
     def __init__(self, settings: PrepareSettings):
         path = settings.antelopv2_path
-        self.detector = self.recogniser = self.parser = None
+        self.detector = self.recognizer = self.parser = None
         if settings.masks:
             self.detector = load_detector(path, landmarks="lip" in settings.masks)
         if settings.faces:
             self.parser = load_parser(settings.face_parser_path)
-            if recogniser_is_there(path) or path is not None:
-                self.recogniser = load_recogniser(path, "--faces")
+            if recognizer_is_there(path) or path is not None:
+                self.recognizer = load_recognizer(path, "--faces")
             else:
-                self.recogniser = load_detector(path)
+                self.recognizer = load_detector(path)
                 logger.warning(
                     "without antelopev2 nobody is recognised: faces are from the video's own frames alone (stand_in: "
                     "{reference: far_frame}). For pairs of clips: python download_models.py --only antelopev2"
@@ -173,7 +173,7 @@ def write_frames(
                 write_png(folder / f"frame_{i}.png", MASKS[kind](faces, *size))
             if i in of_person:
                 kept[i] = frame
-    return write_faces(clip.faces, kept, models.recogniser, models.parser) if clip.faces is not None else None
+    return write_faces(clip.faces, kept, models.recognizer, models.parser) if clip.faces is not None else None
 
 
 def shape_distance(shape: float, size: tuple[int, int]) -> float:

@@ -116,12 +116,12 @@ class ConsisIDPipeline(CogVideoXImageToVideoPipeline):
             return super().prepare_latents(image, *shape)
         *shape, generator, latents = shape
         no_noise = torch.empty(0)
-        _, beside = super().prepare_latents(image[:1], *shape, generator, no_noise)
+        _, conditions = super().prepare_latents(image[:1], *shape, generator, no_noise)
         latents, keypoints = super().prepare_latents(image[1:], *shape, generator, latents)
         # The authors divide the face's latents by the scaling factor in 1.5, but not the keypoints'.
         undo = self.vae_scaling_factor_image**2 if self.vae.config.invert_scale_latents else 1
-        beside[:, 1] = undo * keypoints[:, 0]
-        return latents, beside
+        conditions[:, 1] = undo * keypoints[:, 0]
+        return latents, conditions
 
 
 def split_config(config: Mapping[str, object], source: str | Path = "config") -> tuple[FaceConfig, dict]:

@@ -22,7 +22,7 @@ from pipelines.audio_avatar.part import encode_sounds
 from pipelines.audio_avatar.settings import AvatarSettings
 from pipelines.audio_avatar.state import AvatarState
 from pipelines.audio_avatar.windows import fuse, latent_length, sound_of
-from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_clip
+from pipelines.conditions import ShownVAE, cover_resize, frames_condition, image_to_video
 from pipelines.denoise import Expert, Guidance, NonFiniteLatentsError, Step
 from pipelines.experts import begin_step_cache, end_step_cache, prompt_of
 from pipelines.guidance import audio_native, branch_plugins, branch_prompts, three_branch
@@ -33,7 +33,7 @@ from pipelines.video import decode, describe, open_video, preview, progress, ran
 from pipelines.wan import Wan
 from pipelines.windows import plan_windows
 from preprocess.audio import SAMPLE_RATE, AudioTimeline
-from preprocess.face_detection import CascadeDetector, load_detector, recogniser_is_there
+from preprocess.face_detection import CascadeDetector, load_detector, recognizer_is_there
 from preprocess.image import read_image
 from preprocess.output import readable_bytes
 from preprocess.progress_bars import ProgressBars, StepBar
@@ -56,7 +56,7 @@ def read_reference(settings: AvatarSettings) -> numpy.ndarray:
         )
     enlarged = max(1, SEEN_SIZE / min(settings.width, settings.height))
     shown = cover_resize(photo, round(enlarged * settings.width), round(enlarged * settings.height))
-    has_models = recogniser_is_there(settings.antelopv2_path)
+    has_models = recognizer_is_there(settings.antelopv2_path)
     detector = load_detector(settings.antelopv2_path) if has_models else CascadeDetector()
     if not detector(shown):
         logger.warning(
@@ -101,7 +101,7 @@ class AvatarMaker:
             "reference_image": hashlib.sha256(reference.tobytes()).hexdigest(),
             "audio": hashlib.sha256(samples.tobytes()).hexdigest(),
         }
-        picture = image_to_clip(reference)  # (1, 3, 1, H, W)
+        picture = image_to_video(reference)  # (1, 3, 1, H, W)
         self.colors = picture[0, :, 0]
         self.image_features = wan.encode_images([picture[:, :, 0]])
         spatial = wan.transformer_config.vae_spatial_factor
@@ -210,7 +210,7 @@ class AvatarMaker:
             mine = owners[number] == processes.rank
             if mine or processes.context_parallel:
                 window = windows[number]
-                sample = clip_of(state.latents[window.start : window.stop]).to(self.wan.device)  # (1, C, f, h, w)
+                sample = as_video(state.latents[window.start : window.stop]).to(self.wan.device)  # (1, C, f, h, w)
                 guided = velocity(step, number, sample)
                 if not torch.isfinite(guided).all():
                     raise NonFiniteLatentsError(
@@ -231,7 +231,7 @@ class AvatarMaker:
                 yield processes.broadcast(sample, owner)
 
         before = state.latents
-        fuse(clip_of(state.begin(step)), windows, results(), self.settings.overlapping_weight_scheme, blend=step > 0)
+        fuse(as_video(state.begin(step)), windows, results(), self.settings.overlapping_weight_scheme, blend=step > 0)
         state.commit()
         bar.advance_to((step + 1) * len(windows))
         if self.settings.preview and processes.writes:
@@ -241,12 +241,12 @@ class AvatarMaker:
         """The clean middle frame as one step sees it: on the line through what it started from and what it made."""
         middle = self.timeline.num_latent_frames // 2
         sigma, following = self.schedule.sigmas[step : step + 2].tolist()
-        x, y = (clip_of(latents[middle : middle + 1]) for latents in (before, after))
+        x, y = (as_video(latents[middle : middle + 1]) for latents in (before, after))
         return Step(step, y, x + (y - x) * sigma / (sigma - following), {})
 
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
         """Latents (F, C, h, w) to frames as long as the sound, in pieces (1, 3, f, H, W), in the photo's colours."""
-        shown = (clip_of(latents[i : i + 1]) for i in range(self.timeline.num_latent_frames))
+        shown = (as_video(latents[i : i + 1]) for i in range(self.timeline.num_latent_frames))
         left = self.timeline.num_frames
         for frames in decode(self.wan, shown):  # (1, 3, f, H, W)
             frames = frames[:, :, :left]
@@ -261,7 +261,7 @@ class AvatarMaker:
         wan, settings, device = self.wan, self.settings, self.wan.device
         transformer = wan.transformer(0, with_loras)
         adapter = wan.part("audio_adapter")
-        end_step_cache(transformer)  # of the video before
+        end_step_cache(transformer)  # it remembers the video before
         begin_step_cache(transformer, settings)
         positive, negative = (
             prompt_of(wan, self.text[prompt], self.image_features) for prompt in (job.prompt, settings.negative_prompt)
@@ -338,6 +338,6 @@ def upstream_noise(
             yield frame.cpu().float()
 
 
-def clip_of(latents: Tensor) -> Tensor:
+def as_video(latents: Tensor) -> Tensor:
     """(F, C, h, w), as on the disk, -> (1, C, F, h, w), a view of the same values."""
     return latents.transpose(0, 1)[None]

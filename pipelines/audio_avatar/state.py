@@ -98,7 +98,7 @@ class AvatarState:
         self.path = self.folder / ("latents" + (f".{processes.rank}" if processes.rank else "") + ".safetensors")
         self.part = self.path.with_suffix(".part")
         self.latents: Tensor | None = None  # after the last finished step
-        self._target: Tensor | None = None  # of the step that is being made
+        self._target: Tensor | None = None  # where the step that is being made is written
 
     def open(self, noise: Iterable[Tensor], resumable: bool) -> int:
         """Have the latents that the next step starts from; returns its number.
@@ -167,7 +167,7 @@ class AvatarState:
         if self.processes.rank == 0:
             finished = [number for number in range(count) if self.load_window(step, number) is not None]
             if not finished:
-                self.remove_windows()  # of the step before
+                self.remove_windows()  # they belong to the step before
         return self.processes.share(finished)
 
     def load_window(self, step: int, number: int) -> Tensor | None:

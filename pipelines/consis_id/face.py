@@ -23,7 +23,7 @@ from pipelines.consis_id.settings import ConsisIDSettings
 from pipelines.weights import WeightsFile, face_files
 from preprocess.face import choose_face, load_parser
 from preprocess.face_alignment import align_face, grey, limit_size, similarity_transform, to_uint8, white_background
-from preprocess.face_detection import load_recogniser, recogniser_is_there
+from preprocess.face_detection import load_recognizer, recognizer_is_there
 from preprocess.face_paste import intersection_over_union
 from preprocess.image import read_image
 from preprocess.retinaface import load_retinaface
@@ -70,18 +70,18 @@ def prepare_face(settings: ConsisIDSettings, base_path: Path, device: torch.devi
     photo = settings.ip_image[0]
     image = limit_size(read_image(photo, "--ip_image"))  # (H, W, 3) uint8
     folder = face_networks(settings, base_path, hint)
-    recogniser = load_recogniser(antelopv2_path(settings, folder), "--method consisid")
+    recognizer = load_recognizer(antelopv2_path(settings, folder), "--method consisid")
     retinaface = None
     if settings.face_detector == "retinaface":
         retinaface = load_retinaface(folder / RETINAFACE_FILE, device, hint)
     if settings.face_select == "upstream":
-        face = choose_as_upstream(image, recogniser, retinaface, photo)
+        face = choose_as_upstream(image, recognizer, retinaface, photo)
     else:
-        face = choose(image, recogniser, retinaface, settings.face_index, photo)
-    del recogniser, retinaface
+        face = choose(image, recognizer, retinaface, settings.face_index, photo)
+    del recognizer, retinaface
 
     parser_file = settings.face_parser_path or (folder / PARSER_FILE if (folder / PARSER_FILE).is_file() else None)
-    parser = load_parser(parser_file, normalisation="imagenet", device=device)
+    parser = load_parser(parser_file, normalization="imagenet", device=device)
     tower = load_eva_tower(folder / EVA_FILE, hint=hint).to(device)
     return condition(align_face(image, face.landmarks), face, parser, tower)
 
@@ -114,10 +114,10 @@ def network_files(settings: ConsisIDSettings, base_path: Path, download: str) ->
 
 def antelopv2_path(settings: ConsisIDSettings, folder: Path) -> str | Path | None:
     """Where antelopev2 is: a whole release brings it among its face networks. None: in the usual place."""
-    return settings.antelopv2_path or (folder if recogniser_is_there(folder) else None)
+    return settings.antelopv2_path or (folder if recognizer_is_there(folder) else None)
 
 
-def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> ChosenFace:
+def choose(image, recognizer, retinaface, face_index: int | None, name: str) -> ChosenFace:
     """One face for everything: `face_index` from the left, or the largest, of the faces that antelopev2 finds, aligned
     by the points that RetinaFace gives the same face.
 
@@ -130,7 +130,7 @@ def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> 
     Raises:
         InputError: neither finds a face.
     """
-    faces = recogniser(image)
+    faces = recognizer(image)
     others = retinaface(image) if retinaface else []
     if not faces and not others:
         raise no_face(image, name)
@@ -141,7 +141,7 @@ def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> 
             "look at NAME.face0.png, or give a clearer near frontal photo",
             name,
         )
-        return ChosenFace(recogniser.embed(image, face.keypoints), face.keypoints, face.keypoints, face.box)
+        return ChosenFace(recognizer.embed(image, face.keypoints), face.keypoints, face.keypoints, face.box)
 
     face = choose_face(faces, face_index, name)
     same = max(others, key=lambda other: intersection_over_union(face.box, other.box), default=None)
@@ -157,20 +157,20 @@ def choose(image, recogniser, retinaface, face_index: int | None, name: str) -> 
     return ChosenFace(face.embedding, face.keypoints, same.keypoints, face.box)
 
 
-def choose_as_upstream(image, recogniser, retinaface, name: str) -> ChosenFace:
+def choose_as_upstream(image, recognizer, retinaface, name: str) -> ChosenFace:
     """The authors' rule: antelopev2's largest face for the identity vector, RetinaFace's most central one for the
     picture. In a photo of two people these may be both of them.
 
     Raises:
         InputError: RetinaFace finds no face.
     """
-    faces, others = recogniser(image), retinaface(image)
+    faces, others = recognizer(image), retinaface(image)
     if not others:
         raise no_face(image, name)
     middle = numpy.array([image.shape[1], image.shape[0]]) / 2
     central = min(others, key=lambda face: numpy.hypot(*(numpy.add(face.box[:2], face.box[2:]) / 2 - middle)))
     if not faces:
-        embedding = recogniser.embed(image, central.keypoints)
+        embedding = recognizer.embed(image, central.keypoints)
         return ChosenFace(embedding, central.keypoints, central.keypoints, central.box)
     largest = choose_face(faces, None, name)
     if intersection_over_union(largest.box, central.box) < SAME_FACE:
@@ -191,12 +191,12 @@ def condition(aligned, face: ChosenFace, parser: Callable, tower: torch.nn.Modul
         parser: as `load_parser` gives it.
         tower: as `load_eva_tower` gives it.
     """
-    colour = white_background(aligned, parser(aligned, aligned_box(face)))  # (512, 512, 3) in [0, 1]
+    color = white_background(aligned, parser(aligned, aligned_box(face)))  # (512, 512, 3) in [0, 1]
     device = next(tower.parameters()).device
-    embedding, hidden = tower(clip_pixels(grey(colour), tower.image_size).to(device))
+    embedding, hidden = tower(clip_pixels(grey(color), tower.image_size).to(device))
     arcface = torch.from_numpy(face.embedding).float()[None]
     return FaceCondition(
-        to_uint8(colour),
+        to_uint8(color),
         torch.cat([arcface, F.normalize(embedding.float().cpu())], dim=1),
         [states.cpu() for states in hidden],
         face.keypoints,

@@ -45,7 +45,7 @@ class ConsisIDMaker:
     def __init__(self, model: ConsisID, face: FaceCondition, text: dict[str, Tensor]):
         self.model, self.face, self.text, self.settings = model, face, text, model.settings
         self.bars = ProgressBars(shown=model.processes.rank == 0)
-        self.face_tokens = model.face_tokens(face)  # of all steps of all videos
+        self.face_tokens = model.face_tokens(face)  # the same for all steps of all videos
 
     def make(self, job: Job) -> Path:
         """Denoise, and decode into the file."""

@@ -62,7 +62,7 @@ logger = logging.getLogger("selfsame")
 # Latents and masks
 
 
-def frames_to_clip(frames: numpy.ndarray) -> Tensor:
+def frames_to_video(frames: numpy.ndarray) -> Tensor:
     """(F, H, W, 3) uint8 -> (1, 3, F, H, W) in [-1, 1] float32."""
     return (torch.from_numpy(numpy.array(frames)).float() * (2 / 255) - 1).permute(3, 0, 1, 2)[None]
 
@@ -271,7 +271,7 @@ def encode_pasted(wan: Wan, video: SwapVideo, bars: ProgressBars) -> tuple[Tenso
     def clips(segment: Segment) -> Iterator[Tensor]:
         for frames, mask in video.pasted(segment):
             masks.append(mask)
-            yield frames_to_clip(frames)
+            yield frames_to_video(frames)
 
     tiling = Tiling() if wan.settings.tiled else None
     count = sum(segment.stop - segment.start for segment in video.segments)

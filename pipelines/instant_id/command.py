@@ -18,8 +18,8 @@ def resolve_instant_id(args: Namespace) -> tuple[InstantIdSettings, dict]:
         InputError: a picture that is not there.
     """
     given = given_by(args)
-    brought = load_config("lcm-lora-sdxl")["defaults"] if "lcm" in given else None
-    settings, config = merge_settings(given, InstantIdSettings, brought)
+    adapter_defaults = load_config("lcm-lora-sdxl")["defaults"] if "lcm" in given else None
+    settings, config = merge_settings(given, InstantIdSettings, adapter_defaults)
     return check_instant_id(settings), config
 
 

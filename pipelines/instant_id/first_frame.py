@@ -27,7 +27,7 @@ from pipelines.scoring import load_scorer, make_scored
 from pipelines.text_to_video.command import picture_settings
 from pipelines.text_to_video.settings import FirstFrameSettings, first_frame_path
 from pipelines.weights import WeightsFile
-from preprocess.face_detection import load_recogniser
+from preprocess.face_detection import load_recognizer
 from preprocess.image import read_image
 from preprocess.output import whole_file
 from preprocess.picture_writer import write_picture
@@ -60,7 +60,7 @@ def make_first_frame(settings: FirstFrameSettings, output: Path) -> numpy.ndarra
     """
     picture, config = picture_settings(settings), load_config(settings.first_frame)
     path = first_frame_path(output)
-    guide = guide_face(picture, load_recogniser(settings.antelopv2_path, f"--first_frame {settings.first_frame}"))
+    guide = guide_face(picture, load_recognizer(settings.antelopv2_path, f"--first_frame {settings.first_frame}"))
     scale = max(settings.height / guide.size[0], settings.width / guide.size[1])  # cover_resize's
     if (face_height := scale * (guide.box[3] - guide.box[1])) < SMALLEST_FACE:
         where = f"--face_height ({picture.face_height or FACE_HEIGHT:g})"

@@ -81,7 +81,7 @@ class FaceGuide:
 
     embedding: numpy.ndarray  # (512,) float32, ArcFace's, not normalised
     keypoints: numpy.ndarray  # (5, 2), in pixels of the picture to make
-    box: tuple[float, float, float, float]  # of the face there
+    box: tuple[float, float, float, float]  # where the face is there
     size: tuple[int, int]  # height, width of the picture to make
 
     @property
@@ -100,19 +100,19 @@ class FaceGuide:
         }
 
 
-def guide_face(settings: InstantIdSettings, recogniser) -> FaceGuide:
+def guide_face(settings: InstantIdSettings, recognizer) -> FaceGuide:
     """Whose face, and where: in the photo's own place, in the pose picture's, or framed as the settings say.
 
     Raises:
         InputError: a picture without a face, or that cannot be read.
     """
     photo = resize_picture(read_image(settings.ip_image[0], "--ip_image"))
-    person = find_face(photo, recogniser, settings.ip_image[0], settings.face_index)
+    person = find_face(photo, recognizer, settings.ip_image[0], settings.face_index)
     size, placed = photo.shape[:2], person
     if settings.pose_image is not None:
         pose = read_image(settings.pose_image, "--pose_image")
         pose = resize_picture(pose) if settings.height is None else cover_resize(pose, settings.width, settings.height)
-        placed, size = find_face(pose, recogniser, settings.pose_image), pose.shape[:2]
+        placed, size = find_face(pose, recognizer, settings.pose_image), pose.shape[:2]
     elif settings.framed:
         size = size if settings.height is None else (settings.height, settings.width)
         keypoints, box = frame_face(
@@ -120,16 +120,16 @@ def guide_face(settings: InstantIdSettings, recogniser) -> FaceGuide:
             person.box,
             *size,
             face_height=FACE_HEIGHT if settings.face_height is None else settings.face_height,
-            centre=FACE_CENTRE if settings.face_centre is None else settings.face_centre,
+            center=FACE_CENTRE if settings.face_centre is None else settings.face_centre,
             roll=FACE_ROLL if settings.face_roll is None else settings.face_roll,
         )
         return FaceGuide(person.embedding, keypoints, box, size)
     return FaceGuide(person.embedding, placed.keypoints, placed.box, size)
 
 
-def find_face(picture: numpy.ndarray, recogniser, name: str, face_index: int | None = None):
+def find_face(picture: numpy.ndarray, recognizer, name: str, face_index: int | None = None):
     """The largest face, or the chosen one."""
-    faces = recogniser(picture)
+    faces = recognizer(picture)
     if not faces:
         raise InputError(f"no face found in {name}; InstantID needs one: give a near frontal photo of one person")
     return choose_face(faces, face_index, name)

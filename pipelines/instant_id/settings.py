@@ -7,7 +7,7 @@ from typing import ClassVar
 from pipelines.flags import MEDIA, WEIGHTS, again, setting
 from pipelines.settings import Guidance, LikenessSettings, Machine, Output, Photos, Prompts, Steps, VideoSize, Weights
 
-MULTIPLE = 64  # of the picture's sides, which IdentityNet and the region mask see at 1/8, 1/16 and 1/32
+MULTIPLE = 64  # sides are multiples of it: IdentityNet and the region mask see them at 1/8, 1/16 and 1/32
 FACE_HEIGHT, FACE_CENTRE, FACE_ROLL = 0.35, (0.5, 0.38), 0.0  # a medium shot
 
 

@@ -31,7 +31,7 @@ from pipelines.long_video.variant import (
     variant_config,
     variant_of_file,
 )
-from pipelines.lora_command import brought_defaults, check_lora_settings
+from pipelines.lora_command import check_lora_settings, lora_defaults
 from pipelines.lora_settings import EXPERTS
 from pipelines.settings import is_tiny
 from pipelines.text_to_video.command import check_first_frame
@@ -59,12 +59,12 @@ def resolve_long_video(args: Namespace) -> tuple[LongVideoSettings, dict, numpy.
     resumed = is_record(given.get("config"))
     if not resumed:
         given = with_config(given)
-    brought = brought_by(given) | brought_defaults(given.get("lora_config"))
+    adapter_defaults = variant_defaults(given) | lora_defaults(given.get("lora_config"))
     if words.prompt_path is not None:
         if "prompt" in given:
             raise UsageError("--prompt and --prompt_path: give one of them")
-        brought["prompt"] = read_prompt_stream(words.prompt_path)
-    settings, config = resolve_settings(without_words(LongVideoCommand, given), LongVideoSettings, brought)
+        adapter_defaults["prompt"] = read_prompt_stream(words.prompt_path)
+    settings, config = resolve_settings(without_words(LongVideoCommand, given), LongVideoSettings, adapter_defaults)
     if words.cfg_scale_audio is not None and settings.driven_by == "audio":
         settings = dataclasses.replace(settings, audio_guidance_scale=words.cfg_scale_audio)
     motion_frames = conditioning_as_trained(given, Variant.of(settings.variant), settings.num_motion_frames)
@@ -115,19 +115,19 @@ def with_config(given: Mapping[str, object]) -> Mapping[str, object]:
     return {**given, "config": name, "variant": variant}
 
 
-def brought_by(given: Mapping[str, object]) -> dict[str, object]:
+def variant_defaults(given: Mapping[str, object]) -> dict[str, object]:
     """How the variant wants its model to be sampled; an earlier run's record has it all."""
     if is_record(given.get("config")):
         return {}
-    variant, base, brought = given["variant"], load_config(given["config"]), {}
+    variant, base, wanted = given["variant"], load_config(given["config"]), {}
     driven_by = Variant.of(variant).driven_by
     if "svi" not in base:
         of_tiny = DRIVEN_DEFAULTS if driven_by else ()
         defaults = variant_config(variant)["defaults"]
-        brought |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
+        wanted |= {name: value for name, value in defaults.items() if "tiny" not in base or name in of_tiny}
     if "audio_path" in given and driven_by == "pose":
-        brought |= {name: variant_config("talk")["defaults"][name] for name in ("fps", "audio_guidance_scale")}
-    return brought
+        wanted |= {name: variant_config("talk")["defaults"][name] for name in ("fps", "audio_guidance_scale")}
+    return wanted
 
 
 def check_long_video(settings: LongVideoSettings, config: dict) -> None:

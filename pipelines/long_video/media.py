@@ -116,7 +116,7 @@ def follow_driver(settings: LongVideoSettings, rate_is_given: bool) -> LongVideo
     if not settings.drivers:
         return settings
     if "audio" in settings.drivers:
-        read_speech.cache_clear()  # of a run before, in a notebook
+        read_speech.cache_clear()  # in a notebook it may hold the speech of a run before
         length = AudioTimeline(len(read_speech(settings.audio_path)), settings.fps).num_frames
         if "pose" in settings.drivers:
             poses = probe_argument("--pose_path", settings.pose_path)

@@ -120,15 +120,15 @@ class LongVideoMaker:
         if settings.audio_path is None and existing is not None and existing.info.has_audio:
             self.audio_path, self.audio_start = existing.path, existing.info.start
         self.anchor: Tensor | None = None  # latents of the picture, (1, C, 1, h, w), once for all clips
-        self.first_handed: Tensor | None = None  # what the first clip goes on from, of a video that is extended
+        self.first_handover: Tensor | None = None  # what the first clip goes on from, of a video that is extended
         if self.variant.hands_latents or existing is not None:
             with wan.vae() as vae, torch.no_grad(), stage("encoding the picture", VAE_ADVICE):
                 if self.variant.hands_latents:
                     self.anchor = vae.encode(self.reference).cpu()
                 if existing is not None and self.variant.hands_latents:
-                    self.first_handed = vae.encode(existing.end)[:, :, -self.variant.motion_latents :].cpu()
+                    self.first_handover = vae.encode(existing.end)[:, :, -self.variant.motion_latents :].cpu()
                 elif existing is not None:
-                    self.first_handed = existing.end
+                    self.first_handover = existing.end
         self.speech = open_speech(wan) if settings.audio_path is not None else None
         self.poses = open_poses(wan) if settings.pose_path is not None else None
         self._has_svi = True  # whether SVI's LoRA is in the weights
@@ -144,11 +144,11 @@ class LongVideoMaker:
         record = self.metadata(job)
         store = ClipStore(job.output, self.progress(record), clips)
         with open_video(wan, job.output, record, audio_path=self.audio_path, audio_start=self.audio_start) as video:
-            done, handed = wan.processes.share(store.load() if video is not None else None)
+            done, handover = wan.processes.share(store.load() if video is not None else None)
             if done:
                 logger.info("%s: going on after clip %d of %d", job.output, done, len(clips))
             for clip in clips[done:]:
-                handed = self.make_clip(job, clip, self.first_handed if clip.index == 0 else handed, store)
+                handover = self.make_clip(job, clip, self.first_handover if clip.index == 0 else handover, store)
             if video is not None:
                 video.describe(record | ran_with(wan))
                 parts = store.paths
@@ -159,7 +159,7 @@ class LongVideoMaker:
             store.remove()
         return job.output
 
-    def make_clip(self, job: Job, clip: Clip, handed: Tensor | None, store: ClipStore) -> Tensor:
+    def make_clip(self, job: Job, clip: Clip, handover: Tensor | None, store: ClipStore) -> Tensor:
         """One clip, from what the one before hands over to what the next is handed: frames (1, 3, n, H, W) in [-1, 1],
         or latents (1, C, m, h, w).
         """
@@ -167,7 +167,7 @@ class LongVideoMaker:
         logger.info("%s: clip %d of %d: %s", job.output, clip.index + 1, len(store.clips), clip.prompt[:80])
         self.bars.begin_part(clip.index)
         self.use_svi(clip.index > 0 or not settings.first_clip_without_lora)
-        condition, image_features = self.condition_of(handed, is_last=clip is store.clips[-1])
+        condition, image_features = self.condition_of(handover, is_last=clip is store.clips[-1])
         poses = [] if self.poses is None else pose_plugins(wan, self.poses, clip)
         control = self.control_of(clip)  # (1, 96, F, h, w), or None
         positive, negative = self.text[clip.prompt], self.text[settings.negative_prompt]
@@ -203,21 +203,21 @@ class LongVideoMaker:
             with VideoWriter(store.path(clip), fps=settings.fps, quality=settings.quality) as video:
                 last = write_clip(video, decode(wan, latents), clip.kept, max(self.variant.motion_frames, 1), bar)
         if self.variant.hands_latents:
-            handed = latents[:, :, -self.variant.motion_latents :].cpu()
+            handover = latents[:, :, -self.variant.motion_latents :].cpu()
         else:
-            handed = wan.processes.share(last)
+            handover = wan.processes.share(last)
         if wan.processes.writes:
-            store.finish(clip, handed)
-        return handed
+            store.finish(clip, handover)
+        return handover
 
-    def condition_of(self, handed: Tensor | None, is_last: bool) -> tuple[Tensor, Tensor | None]:
+    def condition_of(self, handover: Tensor | None, is_last: bool) -> tuple[Tensor, Tensor | None]:
         """A clip's y, (1, 4 + C, F, h, w), and the CLIP features of the first handed-over frame for the models that
         take them; both on the device.
         """
         variant, num_frames, device = self.variant, self.settings.num_frames, self.wan.device
         if variant.hands_latents:
-            return latents_to_condition(self.anchor, handed, latent_frames(num_frames)).to(device), None
-        frames = self.reference if handed is None else handed
+            return latents_to_condition(self.anchor, handover, latent_frames(num_frames)).to(device), None
+        frames = self.reference if handover is None else handover
         with self.wan.vae() as vae, torch.no_grad(), stage("encoding the condition", VAE_ADVICE):
             condition = frames_to_condition(
                 ShownVAE(vae, self.bars, "encoding the condition"),

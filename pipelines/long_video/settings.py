@@ -23,7 +23,7 @@ class LongVideoSettings(VaceControl, FirstFrameSettings, LoraSettings):
     """`num_frames` is the length of one clip; the video's follows from the clips."""
 
     families: ClassVar[tuple[str, ...]] = ("i2v",)
-    prompts_are_clips: ClassVar[bool] = True  # of one video
+    prompts_are_clips: ClassVar[bool] = True  # one video has them all
     script: ClassVar[str] = "infer_long_video.py"
     title: ClassVar[str] = "long video"
 

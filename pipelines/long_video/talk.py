@@ -18,7 +18,7 @@ from pipelines.long_video.settings import LongVideoSettings
 from pipelines.wan import Wan
 from preprocess.audio import AudioTimeline
 
-BRANCHES = (POSITIVE, NEGATIVE, UNCONDITIONAL)  # of the guidance
+BRANCHES = (POSITIVE, NEGATIVE, UNCONDITIONAL)  # what the guidance asks for
 
 
 @dataclass(frozen=True)

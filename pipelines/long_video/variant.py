@@ -10,7 +10,7 @@ from pipelines.clip_plan import Chain, overlap_of_latents
 
 FILMS = ("film", "film-original", "film-transitions")  # three trainings of one variant
 VARIANTS = ("shot", *FILMS, "tom", "talk", "dance", "2.0-wan2.1", "2.0", "2.0-pro")
-TRAINED_FRAMES = 81  # of a clip
+TRAINED_FRAMES = 81  # a clip's length in training
 
 
 @dataclass(frozen=True)

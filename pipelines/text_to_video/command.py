@@ -16,7 +16,7 @@ from pipelines.networks import family_of
 from pipelines.settings import WanVersion
 from pipelines.text_to_video.settings import FirstFrameSettings, ImageToVideoSettings
 
-PICTURE_AREA = 1024 * 1024  # of the pictures that SDXL makes best
+PICTURE_AREA = 1024 * 1024  # SDXL makes pictures of this area best
 PICTURE_AREAS = (0.8 * 2**20, 1.1 * 2**20)  # what is near enough to it
 # --wan_version -> what --image and --first_frame take by themselves
 PICTURE_CONFIGS = {None: "tiny-i2v", "2.1": "wan2.1-i2v-14B-480P", "2.2": "wan2.2-i2v-A14B"}

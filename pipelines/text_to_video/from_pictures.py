@@ -12,7 +12,7 @@ import numpy
 from torch import Tensor
 
 from pipelines.checks import check_split
-from pipelines.conditions import ShownVAE, best_output_size, cover_resize, frames_condition, image_to_clip, latent_size
+from pipelines.conditions import ShownVAE, best_output_size, cover_resize, frames_condition, image_to_video, latent_size
 from pipelines.denoise import PinnedFrames
 from pipelines.distributed import Processes
 from pipelines.instant_id.first_frame import first_frame_files, make_first_frame
@@ -95,12 +95,12 @@ def start_from(wan: Wan, pictures: Sequence[numpy.ndarray], bars: ProgressBars) 
     record = {"pictures": [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]}
     if len(pictures) > 1 and pictures[1].shape[0] * width != pictures[1].shape[1] * height:
         pictures = [pictures[0], cover_resize(pictures[1], width, height)]  # cut, not squeezed
-    clips = [image_to_clip(picture)[:, :, 0] for picture in pictures]  # (1, 3, H, W) in [-1, 1]
+    clips = [image_to_video(picture)[:, :, 0] for picture in pictures]  # (1, 3, H, W) in [-1, 1]
     features = wan.encode_images(clips)
     features = None if features is None else features.to(wan.device)
     with wan.vae() as vae:
         if wan.transformer_config.in_dim == wan.transformer_config.out_dim:
-            pinned = PinnedFrames(vae.encode(image_to_clip(cover_resize(pictures[0], width, height))))
+            pinned = PinnedFrames(vae.encode(image_to_video(cover_resize(pictures[0], width, height))))
             return StartPictures(features, pinned=pinned, record=record)
         frames = dict(zip((0, wan.settings.num_frames - 1), clips, strict=False))
         size = (height // vae.spatial_factor, width // vae.spatial_factor)

@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.wan.vae import WanVAE
-from pipelines.conditions import image_to_clip, initial_noise
+from pipelines.conditions import image_to_video, initial_noise
 from pipelines.vace.settings import GRID
 
 # ------------------------------------------------------------------------------------------------------ the context
 
 
-def frames_to_clip(frames: numpy.ndarray) -> Tensor:
+def frames_to_video(frames: numpy.ndarray) -> Tensor:
     """(T, H, W, 3) uint8 -> (1, 3, T, H, W) in [-1, 1]."""
     return (torch.from_numpy(numpy.array(frames)).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
 
-def mask_to_clip(mask: numpy.ndarray) -> Tensor:
+def mask_to_video(mask: numpy.ndarray) -> Tensor:
     """(T, H, W) uint8, 255 = make, 0 = keep -> (1, 1, T, H, W) of 0 and 1."""
     return (torch.from_numpy(numpy.array(mask)) > 127)[None, None].float()
 
@@ -75,7 +75,7 @@ def fit_reference(image: numpy.ndarray, height: int, width: int) -> Tensor:
 
     Bilinear without antialiasing, as the released models were fed.
     """
-    clip = image_to_clip(image)[:, :, 0]  # (1, 3, H0, W0)
+    clip = image_to_video(image)[:, :, 0]  # (1, 3, H0, W0)
     if clip.shape[-2:] == (height, width):
         return clip[:, :, None]
     scale = min(height / clip.shape[-2], width / clip.shape[-1])
@@ -124,6 +124,6 @@ def with_known_frames(video: Tensor, mask: Tensor, known: numpy.ndarray) -> tupl
     known: (K, H, W, 3) uint8, the first K frames of the window.
     """
     count = len(known)
-    video = torch.cat((frames_to_clip(known), video[:, :, count:]), dim=2)
+    video = torch.cat((frames_to_video(known), video[:, :, count:]), dim=2)
     mask = torch.cat((torch.zeros_like(mask[:, :, :count]), mask[:, :, count:]), dim=2)
     return video, mask

@@ -14,7 +14,7 @@ from pipelines import tiny
 from pipelines.conditions import ShownVAE
 from pipelines.memory import stage
 from pipelines.vace.command import spread_frames
-from pipelines.vace.context import cover_frames, frames_to_clip, mask_to_clip, vace_context, with_known_frames
+from pipelines.vace.context import cover_frames, frames_to_video, mask_to_video, vace_context, with_known_frames
 from pipelines.vace.masks import read_mask
 from pipelines.vace.settings import VaceSettings
 from pipelines.wan import Wan
@@ -101,9 +101,9 @@ def encode_control(
     size = (window.length, wan.settings.height, wan.settings.width)
     video, made = torch.zeros(1, 3, *size), torch.ones(1, 1, *size)
     if control.frames is not None and len(frames := control.frames[window.span]):
-        video[:, :, : len(frames)] = frames_to_clip(frames)
+        video[:, :, : len(frames)] = frames_to_video(frames)
     if control.mask is not None and len(mask := control.mask[window.span]):
-        made[:, :, : len(mask)] = mask_to_clip(mask)
+        made[:, :, : len(mask)] = mask_to_video(mask)
     if known is not None:
         video, made = with_known_frames(video, made, known.numpy())
     device, label = wan.device, "encoding the control video"

@@ -51,10 +51,10 @@ def read_mask(path: str, num_frames: int) -> numpy.ndarray:
     frames = read_image(path, "--reference_mask")[None] if is_picture(path) else read_frames(path)  # (T, H, W, 3)
     frames = numpy.broadcast_to(frames, (num_frames, *frames.shape[1:])) if len(frames) == 1 else frames
     spread = frames[:: max(1, num_frames // 8)].astype(numpy.int16)
-    coloured = float((spread.max(axis=-1) - spread.min(axis=-1) > 48).mean())
-    if coloured > 0.001:  # video codecs leave a little colour at edges
+    colored = float((spread.max(axis=-1) - spread.min(axis=-1) > 48).mean())
+    if colored > 0.001:  # video codecs leave a little colour at edges
         raise InputError(
-            f"--reference_mask {path}: {coloured:.1%} of its pixels are coloured; a mask is black (kept) and white "
+            f"--reference_mask {path}: {colored:.1%} of its pixels are coloured; a mask is black (kept) and white "
             "(made): turn the picture or video into greyscale, white where the model is to paint"
         )
     mask = numpy.ascontiguousarray(frames[..., 0])

@@ -8,7 +8,7 @@ from models.wan.schedulers import TRAIN_TIMESTEPS, get_schedule, make_solver, sh
 from models.wan.slots import Prompt
 from pipelines.audio_avatar.color_match import match_colors
 from pipelines.audio_avatar.windows import blend_weights, fuse, sound_of
-from pipelines.conditions import cover_resize, frames_condition, image_to_clip
+from pipelines.conditions import cover_resize, frames_condition, image_to_video
 from pipelines.denoise import Expert
 from pipelines.guidance import NEGATIVE, POSITIVE, UNCONDITIONAL, branch_plugins, branch_prompts, three_branch
 from pipelines.windows import Window, plan_windows
@@ -107,7 +107,7 @@ def check_pipeline(case) -> None:
     encoder = audio_encoder_from_tensors(speech, Wav2Vec2Config(**config["wav2vec2"]).to_dict())
 
     picture = inputs["ref_image_u8"].byte().numpy()
-    picture = image_to_clip(cover_resize(picture, config["width"], config["height"]))
+    picture = image_to_video(cover_resize(picture, config["width"], config["height"]))
     case.check("clip_pixels", picture[0, :, 0, ::8, ::8])
     size = (config["height"] // 8, config["width"] // 8)
     vae = GivenLatents(inputs["ref_latent"])

@@ -57,7 +57,7 @@ class Networks:
     def __init__(self, case):
         self.case = case
 
-    def recogniser(self, image):
+    def recognizer(self, image):
         """antelopev2: the largest face is found by its box."""
         boxes, keypoints = (self.case.inputs[name].numpy() for name in ("bbox", "kps"))
         return [
@@ -95,7 +95,7 @@ def check_face_preprocess(case):
     assert set(config["background_labels"]) == set(NOT_FACE)
     image = limit_size(read_png(case.folder / "input.png"), config["long_edge"])
     assert np.array_equal(image, read_png(case.folder / "resized_input.png"))
-    face = choose_as_upstream(image, networks.recogniser, networks.retinaface, "the case")
+    face = choose_as_upstream(image, networks.recognizer, networks.retinaface, "the case")
     case.check("affine", similarity_transform(face.landmarks))
     # Made with OpenCV 5; 4.x samples on a grid of 1/32 pixel: up to 1/64 pixel off, of at most 255 levels, on two axes.
     aligned = read_png(case.folder / "aligned_crop.png")

@@ -7,7 +7,7 @@ from torch import nn
 from models.wan.schedulers import add_noise, get_schedule
 from pipelines.conditions import initial_noise
 from pipelines.denoise import Expert, denoise, two_branch
-from pipelines.face_swap.pipeline import frames_to_clip, keep_background, sampled_mask
+from pipelines.face_swap.pipeline import frames_to_video, keep_background, sampled_mask
 from preprocess.face_detection import Face
 from preprocess.face_paste import align, crop_to_multiple, largest_face, paste_face, paste_in_box
 from tests.golden_checks.dit import numbered
@@ -68,7 +68,7 @@ class RecordedModel(nn.Module):
 
 def check_sampling(case) -> None:
     config, inputs = case.config, case.inputs
-    case.check("vae_input_video", frames_to_clip(inputs["input_video"].numpy()))
+    case.check("vae_input_video", frames_to_video(inputs["input_video"].numpy()))
     steps = config["num_inference_steps"]
     schedule = get_schedule("euler", steps, config["sigma_shift"], strength=config["denoising_strength"])
     case.check("sigmas", schedule.sigmas[:-1])

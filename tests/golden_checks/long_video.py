@@ -211,9 +211,9 @@ class StubVAE:
 
     def decode(self, latents: torch.Tensor) -> numpy.ndarray:
         """(1, 16, t, h, w) -> (T, H, W, 3) uint8, truncated as upstream does"""
-        centred = latents - self.bias[:, None, None, None]
-        colours = torch.einsum("cr,bcthw->brthw", self.weight, centred) * (3 / self.weight.square().sum())
-        frames = torch.cat((colours[:, :, :1], colours[:, :, 1:].repeat_interleave(4, dim=2)), dim=2).clamp(-1, 1)
+        centerd = latents - self.bias[:, None, None, None]
+        colors = torch.einsum("cr,bcthw->brthw", self.weight, centerd) * (3 / self.weight.square().sum())
+        frames = torch.cat((colors[:, :, :1], colors[:, :, 1:].repeat_interleave(4, dim=2)), dim=2).clamp(-1, 1)
         frames = frames.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
         return ((frames + 1) * 127.5).clamp(0, 255)[0].permute(1, 2, 3, 0).numpy().astype(numpy.uint8)
 

@@ -8,7 +8,7 @@ from models.wan.slots import Prompt
 from models.wan.vae import vae_from_tensors
 from pipelines.conditions import (
     first_last_frame_condition,
-    image_to_clip,
+    image_to_video,
     image_to_video_condition,
     pinned_first_frame,
 )
@@ -58,7 +58,7 @@ def check_i2v(case) -> None:
     case.check("y", condition.y[0])
     if "vae_input" in case.outputs:
         case.check("vae_input", condition.clip[0])
-        case.check("clip_input", image_to_clip(image)[0])
+        case.check("clip_input", image_to_video(image)[0])
     expert = expert_of(case, "weights.safetensors", config["guide_scale"])
     run(case, case.inputs["noise"], lambda step: expert, vae, condition=condition.y)
 

@@ -7,7 +7,7 @@ from models.wan.attention import rope_table
 from models.wan.schedulers import expert_index, get_schedule
 from models.wan.slots import Prompt
 from models.wan.tea_cache import TeaCache
-from pipelines.conditions import image_to_clip, initial_noise
+from pipelines.conditions import image_to_video, initial_noise
 from pipelines.denoise import NEGATIVE, POSITIVE, Expert, denoise, two_branch
 from tests.golden_checks.dit import build_transformer, numbered, record_outputs
 
@@ -121,7 +121,7 @@ def check_sampling(case) -> None:
         build_stand_in(config, {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
         for name in names
     ]
-    case.check("vae_input_ip", image_to_clip(inputs["ip_image"]))
+    case.check("vae_input_ip", image_to_video(inputs["ip_image"]))
     noise = initial_noise((16, config["num_frames"], config["height"], config["width"]), seed=config["seed"])
     case.check("noise", noise)
 

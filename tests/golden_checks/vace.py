@@ -13,8 +13,8 @@ from pipelines.vace.command import size_within, spread_frames
 from pipelines.vace.context import (
     cover_frames,
     fit_reference,
-    frames_to_clip,
-    mask_to_clip,
+    frames_to_video,
+    mask_to_video,
     noise_with_references,
     split_by_mask,
     vace_context,
@@ -119,10 +119,10 @@ def check_inputs(case) -> None:
     height, width, num_frames = config["height"], config["width"], config["num_frames"]
     video = torch.zeros(1, 3, num_frames, height, width)
     if "control_video" in inputs:
-        video = frames_to_clip(inputs["control_video"].numpy())
+        video = frames_to_video(inputs["control_video"].numpy())
     mask = torch.ones(1, 1, num_frames, height, width)
     if "mask_video" in inputs:
-        mask = mask_to_clip(inputs["mask_video"][..., 0].numpy())
+        mask = mask_to_video(inputs["mask_video"][..., 0].numpy())
     references = []
     if config["has_ref"]:
         references = [fit_reference(inputs["ref_image"].numpy(), height, width)]
@@ -165,7 +165,7 @@ def check_video_processor(case) -> None:
     for name in case.outputs:
         if name.startswith("resize_crop_"):
             height, width = (int(side) for side in name.removeprefix("resize_crop_").split("x"))
-            case.check(name, frames_to_clip(cover_frames(frames, height, width).numpy())[0])
+            case.check(name, frames_to_video(cover_frames(frames, height, width).numpy())[0])
 
 
 CHECKS = {
