@@ -197,6 +197,3 @@ def _fingerprint(path: str, *stamps: tuple[str, int, int]) -> str:
     if len(small) == len(stamps):
         return f"files-sha256:{described}"
     return fingerprint(path) + (f"+{described}" if small else "")
-
-
-# ---------------------------------------------------------------------------------------------------------- for others

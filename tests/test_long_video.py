@@ -301,13 +301,21 @@ def test_prompts_that_do_not_last(tmp_path, caplog):
 
 def test_image_encoder_is_read_once(tmp_path, monkeypatch, reference):
     """It looks at a frame of every clip, and waits for the next one on the CPU; after the last it is gone."""
-    from pipelines.wan import Wan
+    from pipelines import wan as module
 
-    wans = []
-    load = Wan._load_image_encoder
-    monkeypatch.setattr(Wan, "_load_image_encoder", lambda self: wans.append(self) or load(self))
+    read, waiting = [], []
+    load, encode = module.read_image_encoder, module.Wan.encode_images
+
+    def watched(self, images, keep=False):
+        features = encode(self, images, keep)
+        waiting.append(self._image_encoder is not None)
+        return features
+
+    monkeypatch.setattr(module, "read_image_encoder", lambda *args: read.append(args) or load(*args))
+    monkeypatch.setattr(module.Wan, "encode_images", watched)
     assert (make(tmp_path / "out.mp4") == read_frames(reference)).all()
-    assert [wan._image_encoder for wan in wans] == [None]
+    assert len(read) == 1
+    assert waiting == [True] * (len(waiting) - 1) + [False] and len(waiting) > 1
 
 
 def test_json_of_a_run_makes_the_run_again(tmp_path, reference):
