@@ -71,11 +71,33 @@ def test_every_optimizer_goes_down_and_resumes_exactly(name):
     assert descend(again, name, 5, optimizer=resumed, masters=masters)[0] == unbroken
 
 
-def test_muon_moves_matrices_and_adamw_the_rest():
-    masters = Masters(network().named_parameters())
-    optimizer = make_optimizer("muon", parameter_groups(masters.values, 1e-2, 0.01))
-    kinds = {type(part).__name__: {p.ndim for g in part.param_groups for p in g["params"]} for part in optimizer.parts}
-    assert kinds == {"Muon": {2}, "AdamW": {1}}
+def test_muon_moves_hidden_matrices_and_adamw_the_rest():
+    torch.manual_seed(0)
+    shapes = {
+        "transformer.blocks.0.self_attn.q.weight": (4, 4),
+        "autoencoder.encoder.mid_block.resnets.0.conv1.weight": (4, 3, 3, 3, 3),
+        "transformer.blocks.0.self_attn.q.bias": (4,),
+        "transformer.blocks.0.modulation": (1, 6, 4),
+        "transformer.patch_embedding.weight": (4, 2, 1, 2, 2),
+        "transformer.head.head.weight": (8, 4),
+        "autoencoder.decoder.mid_block.resnets.0.norm1.gamma": (4, 1, 1, 1),
+    }
+    masters = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    before = {name: value.detach().clone() for name, value in masters.items()}
+    optimizer = make_optimizer("muon", parameter_groups(masters, 1e-2, 0.01))
+    count = {type(part).__name__: sum(len(g["params"]) for g in part.param_groups) for part in optimizer.parts}
+    assert count == {"Muon": 2, "AdamW": 5}
+    for value in masters.values():
+        value.grad = torch.randn_like(value)
+    kernel = masters["autoencoder.encoder.mid_block.resnets.0.conv1.weight"]
+    alone = nn.Parameter(kernel.detach().clone().flatten(1))
+    alone.grad = kernel.grad.flatten(1).clone()
+    torch.optim.Muon([alone], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw").step()
+    optimizer.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), alone.detach())
+    assert not any(torch.equal(value, before[name]) for name, value in masters.items())
+    optimizer.zero_grad()
+    assert all(value.grad is None for value in masters.values())
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.5}
 

@@ -17,6 +17,7 @@ from models.identity.stand_in import load_stand_in
 from models.lora import Lora
 from models.multitalk import load_multitalk
 from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
+from models.wan.attention import PlainAttention, WanAttention
 from models.wan.checkpoint import load_transformer, read_tensors
 from models.wan.float8 import use_float8
 from models.wan.transformer import WanTransformer
@@ -63,7 +64,8 @@ def recipe_of(config: Config) -> Recipe | VaeRecipe:
     """
     if config.vae is not None:
         terms = config.vae
-        return VaeRecipe(l1=terms.l1, kl=terms.kl, lpips=terms.lpips, perceptual=load_lpips() if terms.lpips else None)
+        perceptual = load_lpips() if terms.lpips else None
+        return VaeRecipe(l1=terms.l1, edges=terms.edges, kl=terms.kl, lpips=terms.lpips, perceptual=perceptual)
     shared = {"noise": noise_table_of(config), "text_drop": config.data.text_drop}
     if (own := config.stand_in) is not None:
         return StandInRecipe(
@@ -128,8 +130,17 @@ def load_trainee(config: Config, device: torch.device) -> Trainee:
     recipe = recipe_of(config)
     select_trained(trainee, lambda name: recipe.trains(name, config.train.trainable))
     memory = config.memory
+    if device.type == "cpu" and memory.checkpointing == "none":
+        attend_plainly(transformer)
     set_checkpointing(transformer, memory.checkpointing, memory.offload == "checkpoints", memory.store_bf16)
     return trainee
+
+
+def attend_plainly(transformer: WanTransformer) -> None:
+    """Attention by matrix products: the faster way to train small models on a CPU."""
+    for layer in transformer.modules():
+        if isinstance(layer, WanAttention):
+            layer.set_processor(PlainAttention())
 
 
 def lora_part(path: str) -> dict[str, torch.Tensor]:
@@ -239,7 +250,7 @@ def load_vae_trainee(config: Config, device: torch.device) -> VaeTrainee:
     """The VAE of a tiny model, all of it trained."""
     base = load_config(config.model.config)
     autoencoder = tiny.fill_from_seed(AutoencoderKLWan(**base["vae"]), base["seed"] + 1)
-    trainee = VaeTrainee(autoencoder).to(device)
+    trainee = VaeTrainee(autoencoder, DTYPES[config.vae.compute_dtype]).to(device)
     select_trained(trainee, lambda name: True)
     return trainee
 

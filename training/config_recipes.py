@@ -85,5 +85,7 @@ class ErrorRecycling:
 @dataclass(frozen=True, kw_only=True)
 class VaeLoss:
     l1: float = option("weight of the difference", 1.0, low=0, high=1e6)
+    edges: float = option("weight of the difference of neighboring pixels' differences", 0.0, low=0, high=1e6)
     kl: float = option("weight of the latents' divergence", 1e-6, low=0, high=1e6)
     lpips: float = option("weight of the perceptual distance", 0.0, low=0, high=1e6)
+    compute_dtype: str = option("what convolutions compute in; weights stay float32", "fp32", choices=("fp32", "bf16"))

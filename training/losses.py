@@ -72,6 +72,14 @@ def reconstruction(decoded: Tensor, frames: Tensor) -> Tensor:
     return per_sample((decoded.float() - frames.float()).abs())
 
 
+def edge_difference(decoded: Tensor, frames: Tensor) -> Tensor:
+    """L1 of the differences between neighbors, in a column and in a row, of frames (B, 3, T, H, W), (B,): blur costs
+    more than what is a little too dark.
+    """
+    error = decoded.float() - frames.float()
+    return per_sample(error.diff(dim=-2).abs()) + per_sample(error.diff(dim=-1).abs())
+
+
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL of the posterior N(mean, exp(log_variance)) from N(0, 1), a mean over its values, (B,)."""
     mean, log_variance = mean.float(), log_variance.float()

@@ -80,6 +80,19 @@ def group_of(name: str) -> str:
 GROUPS = ("lora", "transformer", "adapter")
 
 
+# Layers where a network begins and ends, and those of time: their rows are not alike, and Muon leaves them to AdamW.
+OUTER_LAYERS = (
+    *("embedding", "img_emb", "time_projection", "modulation", "head.head"),
+    *("conv_in", "conv_out", "quant_conv"),
+)
+
+
+def is_hidden(name: str, value: Tensor) -> bool:
+    """Whether a parameter is a matrix inside a network, which Muon moves: a linear's, or a convolution's kernel."""
+    is_matrix = value.ndim > 1 and value.shape[0] > 1 and value[0].numel() > 1
+    return is_matrix and not any(layer in name for layer in OUTER_LAYERS)
+
+
 def parameter_groups(
     masters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, multiples: Mapping[str, float] | None = None
 ) -> list[dict]:
@@ -89,11 +102,11 @@ def parameter_groups(
         UsageError: a multiple for a group that has no parameters here.
     """
     multiples = multiples or {}
-    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, master in masters.items():
-        found.setdefault((group_of(name), master.ndim > 1), []).append(master)
-    if unknown := multiples.keys() - {name for name, _ in found}:
-        present = ", ".join(sorted({name for name, _ in found}))
+        found.setdefault((group_of(name), master.ndim > 1, is_hidden(name, master)), []).append(master)
+    if unknown := multiples.keys() - {name for name, *_ in found}:
+        present = ", ".join(sorted({name for name, *_ in found}))
         raise UsageError(f"optim.groups: {min(unknown)!r} has no trained parameters here; there are {present}")
     return [
         {
@@ -101,8 +114,9 @@ def parameter_groups(
             "lr": lr * multiples.get(name, 1.0),
             "weight_decay": weight_decay if decays else 0.0,
             "multiple": multiples.get(name, 1.0),
+            "hidden": hidden,
         }
-        for (name, decays), parameters in found.items()
+        for (name, decays, hidden), parameters in found.items()
     ]
 
 
@@ -112,7 +126,7 @@ def make_optimizer(
     """An optimiser over `parameter_groups`.
 
     Args:
-        name: of `OPTIMIZERS`. Muon moves matrices, AdamW the rest, both at the same learning rate.
+        name: of `OPTIMIZERS`. Muon moves matrices inside networks, AdamW the rest, both at the same learning rate.
         betas, eps: of those that have them.
         warmup: steps; only schedulefree does its own.
 
@@ -167,18 +181,22 @@ def averaged(optimizer: torch.optim.Optimizer, masters: Masters) -> Iterator[Non
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for all else, as one optimiser.
+    """Muon for hidden matrices and AdamW for all else, as one optimiser.
 
     Muon's update is scaled to the root mean square of AdamW's (match_rms_adamw), so that one learning rate fits both.
+    A convolution's kernel is moved as the matrix (out, in · positions) that shares its memory.
+    Source: Keller Jordan, "Muon" (2024), and Moonlight (arXiv 2502.16982) section 2.2 for the scale.
     """
 
     def __init__(self, groups: Sequence[dict], betas: tuple[float, float], eps: float):
-        matrices, others = [], []
+        others = [group for group in groups if not group["hidden"]]
+        matrices, self.kernels = [], []
         for group in groups:
-            for is_matrix, kind in ((True, matrices), (False, others)):
-                parameters = [p for p in group["params"] if (p.ndim == 2) == is_matrix]
-                if parameters:
-                    kind.append(group | {"params": parameters})
+            if group["hidden"]:
+                flat = [(p, p if p.ndim == 2 else nn.Parameter(p.detach().flatten(1))) for p in group["params"]]
+                self.kernels += [(kernel, matrix) for kernel, matrix in flat if kernel is not matrix]
+                assert all(matrix.data_ptr() == kernel.data_ptr() for kernel, matrix in flat)
+                matrices.append(group | {"params": [matrix for _, matrix in flat]})
         self.parts = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
@@ -194,12 +212,16 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        for kernel, matrix in self.kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none)
+        for kernel, _ in self.kernels:
+            kernel.grad = None
 
     def state_dict(self) -> dict:
         return {"parts": [part.state_dict() for part in self.parts]}

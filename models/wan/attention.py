@@ -92,6 +92,24 @@ class AttentionKernel:
         return out.flatten(2)
 
 
+class PlainAttention(AttentionKernel):
+    """Attention by two matrix products and a softmax, for training small models on a CPU: there, the backward pass of
+    PyTorch's fused kernel takes up to six times as long when sequences are short.
+    """
+
+    LARGEST = 2**26  # scores that are kept for the backward pass; longer sequences take the fused kernel
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, sharded: bool = False):
+        batch, queries, heads, width = query.shape
+        if batch * heads * queries * key.shape[1] > self.LARGEST or sharded:
+            return super().__call__(query, key, value, mask=mask, sharded=sharded)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, n, L, d)
+        scores = (query * width**-0.5) @ key.mT  # (B, n, Lq, Lk)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
 def try_backend(name: str, device: torch.device, dtype: torch.dtype, num_heads: int = 2, head_dim: int = 128) -> None:
     """Attend once, to see whether a backend of diffusers runs here: some are installed and refuse a device or a dtype.
 
