@@ -1,7 +1,11 @@
 """The trainee: which parameters train, how they begin, and that what is exported is what was trained."""
 
+import logging
+
 import pytest
 import torch
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from safetensors.torch import save_file
 
 from errors import UsageError
 from models.lora import Lora, attach_loras, merge_loras
@@ -62,6 +66,47 @@ def test_what_is_exported_is_what_was_trained(rslora):
         fresh = tiny.transformer()
         apply(fresh, [(Lora.from_tensors(lora_tensors(model), fresh), 1.0)])
         torch.testing.assert_close(predict(fresh), live, rtol=1e-4, atol=1e-5)
+
+
+def test_diffusers_loads_an_exported_lora_and_predicts_the_same(tmp_path):
+    """Its loader for Wan takes every key, the scale among them (alpha is not the rank), and misses none."""
+    model = with_lora()
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    file = tmp_path / "lora.safetensors"
+    save_file(lora_tensors(model), file)
+    plain = tiny.transformer()
+    theirs = tiny.diffusers_transformer(plain)
+    text = torch.nn.functional.pad(tiny.prompt().text[0], (0, 0, 0, 512 - 11))[None]
+
+    def predicted() -> torch.Tensor:
+        with torch.no_grad():
+            return theirs(tiny.latents(), tiny.TIMESTEP, text, return_dict=False)[0]
+
+    torch.testing.assert_close(predicted(), predict(plain), rtol=1e-4, atol=1e-4)
+    converted = WanLoraLoaderMixin.lora_state_dict(str(file))
+    factors = {name for name in converted if name.endswith(("lora_A.weight", "lora_B.weight"))}
+    assert converted.keys() == factors and len(factors) == 2 * len(lora_layers(model))
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = heard.append
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        WanLoraLoaderMixin.load_lora_into_transformer(converted, theirs)
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert not heard
+    taken = {name for name, _ in theirs.named_parameters() if ".lora_" in name}
+    assert len(taken) == len(factors)
+    torch.testing.assert_close(predicted(), predict(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_has_the_key_names_of_released_files():
+    """Those that ComfyUI reads and community files have: original names behind a prefix, alpha beside the factors."""
+    layers = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+    kinds = ("lora_A.weight", "lora_B.weight", "alpha")
+    expected = {f"diffusion_model.blocks.0.{layer}.{kind}" for layer in layers for kind in kinds}
+    assert {name for name in lora_tensors(with_lora()) if ".blocks.0." in name} == expected
 
 
 def test_a_lora_stays_float32_on_a_bfloat16_base_and_trains():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig
 
-from models.wan.checkpoint import to_diffusers_name
 from models.wan.slots import Prompt, Slots
 from models.wan.tea_cache import TeaCache
 from models.wan.transformer import WanTransformer
@@ -34,16 +33,7 @@ def run(model, **options):
 
 
 def test_equals_diffusers_transformer(model, plain):
-    c = model.config
-    theirs = WanTransformer3DModel(
-        num_attention_heads=c.num_heads,
-        attention_head_dim=c.dim // c.num_heads,
-        ffn_dim=c.ffn_dim,
-        num_layers=c.num_layers,
-        text_dim=c.text_dim,
-        freq_dim=c.freq_dim,
-    ).eval()
-    theirs.load_state_dict({to_diffusers_name(name): tensor for name, tensor in model.state_dict().items()})
+    theirs = tiny.diffusers_transformer(model)
     text = torch.nn.functional.pad(tiny.prompt().text[0], (0, 0, 0, 512 - 11))[None]
     expected = theirs(tiny.latents(), TIMESTEP, text, return_dict=False)[0]
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=2e-5)

@@ -1,6 +1,7 @@
 """Tiny random parts that tests share."""
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from configs import load_config
 from models.audio_adapter import AudioAdapter
@@ -8,6 +9,7 @@ from models.identity.stand_in import StandIn
 from models.multitalk import MultiTalk
 from models.pose_embedder import PoseTokens
 from models.vace import VaceBranch
+from models.wan.checkpoint import to_diffusers_name
 from models.wan.slots import Prompt
 from models.wan.transformer import WanTransformer
 from pipelines.tiny import (
@@ -26,6 +28,21 @@ GRID = (4, 6)  # rows and columns of LATENTS in tokens
 
 def transformer(**changes) -> WanTransformer:
     return tiny_transformer(CONFIG | {"transformer": CONFIG["transformer"] | changes})
+
+
+def diffusers_transformer(model: WanTransformer) -> WanTransformer3DModel:
+    """Diffusers' own network with a text-to-video model's weights."""
+    c = model.config
+    theirs = WanTransformer3DModel(
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.dim // c.num_heads,
+        ffn_dim=c.ffn_dim,
+        num_layers=c.num_layers,
+        text_dim=c.text_dim,
+        freq_dim=c.freq_dim,
+    ).eval()
+    theirs.load_state_dict({to_diffusers_name(name): tensor for name, tensor in model.state_dict().items()})
+    return theirs
 
 
 def stand_in(model: WanTransformer) -> StandIn:
