@@ -16,6 +16,7 @@ from models.wan.config import WanConfig
 from models.wan.image_encoder import load_image_encoder
 from models.wan.text_encoder import TOKENIZER_FILES, check_tokenizer, find_tokenizer
 from models.wan.vae import load_vae
+from pipelines.needs import TEXT_ENCODER
 from pipelines.networks import family_of, shape_of
 from pipelines.parts import Part
 from pipelines.settings import Settings, is_tiny
@@ -39,6 +40,11 @@ class ModelFiles:
     def are_tiny(self) -> bool:
         """Whether there are none of the model's own: its networks are made from a seed."""
         return is_tiny(self.settings, self.config)
+
+    @property
+    def has_seeded_transformer(self) -> bool:
+        """Whether the transformer is a tiny model's own; a branch beside it may be of a file."""
+        return bool(self.config.get("tiny")) and self.settings.base_path is None and self.with_transformer is None
 
     @property
     def base(self) -> dict:
@@ -71,23 +77,39 @@ class ModelFiles:
             return self.base_path
         return self.base_path / self.config["experts"][EXPERTS[expert]]
 
+    def is_seeded(self, flag: str, place: tuple[str, str]) -> bool:
+        """Whether a part is the tiny model's own: no file of it is named, and none lies beside a base that is."""
+        if not self.config.get("tiny") or getattr(self.settings, flag) is not None:
+            return False
+        return self.are_tiny or self._part(None, place) == self.base_path
+
+    @property
+    def encoder_sizes(self) -> dict:
+        """What an estimate has to know of the encoders: bytes of the text's, and the shape of a tiny model's VAE."""
+        return {
+            "vae": self.config.get("vae") if self.is_seeded("vae_path", vae.PLACE) else None,
+            "text_encoder": 0 if self.is_seeded("text_encoder_path", text_encoder.PLACE) else TEXT_ENCODER,
+        }
+
     def weights(self) -> list[WeightsFile]:
-        """What a run reads, each file once, found or not. Of the tiny model: LoRAs, and parts that are given."""
+        """What a run reads, each file once, found or not; but for what a tiny model makes from its seed."""
         parts = [part for part in self.parts if part is not self.with_transformer and part.key_in_lora is None]
         of_parts = [file for part in parts for file in part.files]
-        return [*([] if self.are_tiny else self._model_files()), *of_parts, *self._lora_files()]
+        return [*self._transformer_files(), *self._encoder_files(), *of_parts, *self._lora_files()]
 
-    def _model_files(self) -> list[WeightsFile]:
-        files = [
-            *self._transformer_files(),
-            self._part_file("umT5", "text_encoder_path", text_encoder.PLACE, self._check_text_encoder),
-        ]
-        tokenizer = self._tokenizer_file(files[-1].path)
-        read = partial(check_tokenizer, tokenizer)
-        files.append(WeightsFile("tokenizer", "--tokenizer_path", tokenizer, self.base["name"], read=read))
-        if self.transformer_config.image_dim is not None:
+    def _encoder_files(self) -> list[WeightsFile]:
+        """Of the text encoder with its tokenizer, of CLIP and of the VAE."""
+        files = []
+        if not self.is_seeded("text_encoder_path", text_encoder.PLACE):
+            files.append(self._part_file("umT5", "text_encoder_path", text_encoder.PLACE, self._check_text_encoder))
+            tokenizer = self._tokenizer_file(files[-1].path)
+            read = partial(check_tokenizer, tokenizer)
+            files.append(WeightsFile("tokenizer", "--tokenizer_path", tokenizer, self.base["name"], read=read))
+        sees = self.transformer_config.image_dim is not None
+        if sees and not self.is_seeded("image_encoder_path", image_encoder.PLACE):
             files.append(self._part_file("CLIP", "image_encoder_path", image_encoder.PLACE, self._check_image_encoder))
-        files.append(self._part_file("VAE", "vae_path", vae.PLACE, self._check_vae, self.encodes_pictures))
+        if not self.is_seeded("vae_path", vae.PLACE):
+            files.append(self._part_file("VAE", "vae_path", vae.PLACE, self._check_vae, self.encodes_pictures))
         return files
 
     def _part_file(
@@ -135,6 +157,8 @@ class ModelFiles:
     def _transformer_files(self) -> list[WeightsFile]:
         if self.with_transformer is not None:
             return list(self.with_transformer.files)
+        if self.has_seeded_transformer:
+            return []
         files = []
         for expert in range(self.num_experts):
             name = "transformer" if self.num_experts == 1 else f"{EXPERTS[expert]}-noise transformer"

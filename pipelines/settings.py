@@ -171,7 +171,7 @@ class StandIn:
         "Stand-In's file, or the folder it is in",
         None,
         metavar="PATH",
-        path=BESIDE_BASE,
+        path=WEIGHTS,
         shown="the config's, in checkpoints/",
     )
     face_parser_path: str | None = setting(
@@ -224,7 +224,7 @@ class WanVersion:
 class WanWeights(Weights):
     title: ClassVar[str] = "weights"
 
-    vae_path: str | None = setting("Wan's VAE", None, metavar="PATH", path=BESIDE_BASE, shown="the base's")
+    vae_path: str | None = setting("Wan's VAE", None, metavar="PATH", path=WEIGHTS, shown="the base's")
     text_encoder_path: str | None = setting(
         "umT5: folder or file, ComfyUI's included", None, metavar="PATH", path=BESIDE_BASE, shown="the base's"
     )

@@ -29,7 +29,7 @@ from pipelines.lora_settings import Loras
 from pipelines.loras import ModelLoras, read_loras
 from pipelines.memory import check_host_memory, check_memory, free_cached, offload_groups, stage
 from pipelines.model_files import ModelFiles
-from pipelines.needs import MODES, TEXT_ENCODER, Needs, estimate_needs
+from pipelines.needs import MODES, Needs, estimate_needs
 from pipelines.parts import Part, Reading
 from pipelines.placement import Placement
 from pipelines.placement_choice import choose_placement, find_begun
@@ -67,7 +67,7 @@ class Wan:
         self.memory = settings.memory if settings.memory != "auto" else "model" if self.has_own_memory else "resident"
         self.placement: Placement | None = None
         self.attention_backend = choose_backend(settings, self.transformer_config, self.dtype, processes)
-        self.is_tiny = self.files.are_tiny
+        self.is_tiny = self.files.has_seeded_transformer
         self._transformers: dict[int, WanTransformer] = {}
         self._layers: dict[int, dict[str, ModelMixin]] = {}  # expert -> parts that are moved and freed with it
         self._expert = 0  # whose transformer was asked for last
@@ -136,8 +136,7 @@ class Wan:
             experts=self.num_experts,
             photos=len(self.settings.stand_in_photos),
             encodes=self.files.encodes_videos,
-            vae=self.config.get("vae") if self.is_tiny else None,
-            text_encoder=0 if self.is_tiny else TEXT_ENCODER,
+            **self.files.encoder_sizes,
             parts=self.files.part_layers(),
             more={memory: self.lora_bytes(memory) for memory in MODES},
             more_fp8={memory: self.lora_bytes(memory, fp8=True) for memory in MODES},

@@ -1,11 +1,15 @@
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Tiny tensors: threads cost more than they bring, and the scripts that tests start should count sums in the same order.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -32,6 +32,7 @@ FULL = Bucket(480, 832, 81)
         ("avatar", ["train.trainable=full"]),
         ("avatar", ["train.trainable=adapter"]),
         ("avatar", ["train.trainable=lora", "train.lora.rank=2"]),
+        ("vace", []),
         ("error_recycling", ["error_recycling.variant=talk"]),
         ("error_recycling", ["error_recycling.variant=dance"]),
     ],

@@ -251,7 +251,7 @@ def test_svi_pro_is_refused_before_anything_is_read():
 
 def test_missing_fields_and_files(tmp_path):
     assert refused(tmp_path, {"output": "x"}) == (
-        "run.yaml: recipe is missing (what is trained); accepted are base, vae, stand_in, avatar, error_recycling"
+        "run.yaml: recipe is missing (what is trained); accepted are base, vae, stand_in, avatar, vace, error_recycling"
     )
     without_data = {name: value for name, value in LEAST.items() if name != "data"}
     assert refused(tmp_path, without_data) == "run.yaml: data.sources is missing (where the videos are)"
@@ -279,3 +279,11 @@ def test_no_torch_is_loaded():
     code = "import sys, training.config; training.config.read_config('tiny-base'); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_null_turns_off_a_block_that_nothing_would_read():
+    """So a file with a LoRA's shape trains all weights by two settings."""
+    config = read_config("tiny-base", ["train.trainable=full", "train.lora=null"])
+    assert config.train.trainable == "full" and config.train.lora is None
+    with pytest.raises(UsageError, match="train.lora null: fields of its own are expected"):
+        read_config("tiny-base", ["train.lora=null"])

@@ -58,6 +58,18 @@ def write_avatar_clip(folder: Path, num_frames=9, fps=25, height=48, width=64, s
     return folder
 
 
+def write_controlled_clip(path: Path, references=(), height=48, width=64, seed=0, **videos: np.ndarray) -> Path:
+    """A clip of nine frames with what controls it: `control` and `mask` videos, and pictures."""
+    write_clip(path, height=height, width=width, seed=seed)
+    for kind, frames in videos.items():
+        with VideoWriter(path.with_suffix(f".{kind}.mp4"), fps=16, quality=10) as video:
+            video.write(frames)
+    for number, picture in enumerate(references):
+        path.with_suffix(".references").mkdir(exist_ok=True)
+        PIL.Image.fromarray(picture).save(path.with_suffix(".references") / f"{number}.png")
+    return path
+
+
 def write_captions(root: Path, captions: dict[str, str]) -> None:
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
     (root / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

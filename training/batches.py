@@ -81,7 +81,10 @@ class BatchMaker:
         latents = self.cache.read("latents", view)
         std = latents["std"].float() if self.config.avatar is not None else None  # others train on the mean
         text = self.cache.read("text", view)["states"].float()
-        return Item(latents["mean"].float(), std, text, self._parts(view, draw))
+        mean, parts = latents["mean"].float(), self._parts(view, draw)
+        if (control := parts.get("vace_context")) is not None:  # reference pictures are frames that are made, too
+            mean = torch.cat((control[: len(mean), : control.shape[1] - mean.shape[1]], mean), dim=1)
+        return Item(mean, std, text, parts)
 
     def _parts(self, view: View, draw: Draws) -> Parts:
         """What the recipe reads beside latents and text, by the names it gives them."""
@@ -102,6 +105,8 @@ class BatchMaker:
             parts["audio"] = with_rows(self._read("sound", view, "features"), rows_of_sound(view.bucket.frames, rate))
         if "sound_layers" in self.kinds:
             parts["audio"] = self._read("sound_layers", view, "features")
+        if "control" in self.kinds:
+            parts["vace_context"] = self._read("control", view, "context")
         if "faces" in self.kinds:
             parts["reference"] = self._reference(view, draw)
         face_counts = config.avatar is not None or (config.stand_in is not None and config.stand_in.face_loss)

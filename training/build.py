@@ -17,6 +17,7 @@ from models.identity.stand_in import load_stand_in
 from models.lora import Lora
 from models.multitalk import load_multitalk
 from models.pose_embedder import KEY, PoseEmbedder, load_pose_embedder
+from models.vace import VaceBranch, load_vace, load_vace_branch
 from models.wan.attention import PlainAttention, WanAttention
 from models.wan.checkpoint import load_transformer, read_tensors
 from models.wan.float8 import use_float8
@@ -32,6 +33,7 @@ from training.recipes.avatar import AvatarRecipe
 from training.recipes.base import BaseRecipe, Recipe
 from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.recipes.stand_in import StandInRecipe
+from training.recipes.vace import VaceRecipe, new_branch
 from training.recipes.vae import VaeRecipe, VaeTrainee, load_lpips
 from training.trainee import TrainableStandIn, Trainee, add_lora, copy_lora, select_trained
 
@@ -81,6 +83,8 @@ def recipe_of(config: Config) -> Recipe | VaeRecipe:
             motion_axis=own.motion_axis,
             masks=(own.masks.full, own.masks.face),
         )
+    if (own := config.vace) is not None:
+        return VaceRecipe(**shared, masked_loss=own.masked_loss)
     if (own := config.error_recycling) is not None:
         return ErrorRecyclingRecipe(
             **shared,
@@ -157,6 +161,9 @@ def load_networks(config: Config, base: dict) -> tuple[WanTransformer, dict[str,
     if config.avatar is not None:
         transformer, adapter = load_avatar(config, base, dtype)
         return transformer, {"audio_adapter": adapter}
+    if config.vace is not None:
+        transformer, branch = load_vace_networks(config, base, dtype)
+        return transformer, {"vace": branch}
     path = Path(init_from) if is_whole and init_from is not None else None
     transformer = load_base(config, base, dtype, path)
     if config.stand_in is not None:
@@ -218,6 +225,21 @@ def load_avatar(config: Config, base: dict, dtype: torch.dtype) -> tuple[WanTran
     shape = transformer.config
     torch.manual_seed(config.seed)  # of the adapter's own start; no later number depends on it
     return transformer, AudioAdapter(dim=shape.dim, num_layers=shape.num_layers).set_compute_dtype(dtype)
+
+
+def load_vace_networks(config: Config, base: dict, dtype: torch.dtype) -> tuple[WanTransformer, VaceBranch]:
+    """A base and its branch: the released one where one file holds both, or that of model.init_from; a tiny model's is
+    new, and begins without an effect.
+    """
+    layers, init_from = base["vace"]["vace_layers"], config.model.init_from
+    options = {"dtype": dtype, "hint": download_command(release_of(base)), "fp8": config.model.base_dtype == "fp8"}
+    if not is_tiny(config, base) and init_from is None:
+        path = transformer_path(config, base)
+        return load_vace(path, expect=shape_of(base), vace_layers=layers, **options)
+    transformer = load_base(config, base, dtype)
+    if init_from is not None:
+        return transformer, load_vace_branch(init_from, transformer, vace_layers=layers, **options)
+    return transformer, new_branch(transformer, layers, config.seed)
 
 
 def load_trainable_stand_in(config: Config, base: dict, transformer: WanTransformer) -> TrainableStandIn:

@@ -118,10 +118,37 @@ def read_masks(view: View, kind: str) -> numpy.ndarray:
 
 def read_poses(view: View) -> numpy.ndarray:
     """(T, H, W, 3) uint8 pictures of poses to the frames of the view, by the same crop."""
-    bucket = view.bucket
-    poses = itertools.islice(stream_frames(view.sample.listed.pose), view.start, view.start + bucket.frames)
-    size = (bucket.width, bucket.height)
-    return numpy.stack([numpy.asarray(PIL.Image.fromarray(p).resize(size, PIL.Image.BICUBIC, view.box)) for p in poses])
+    return read_beside(view, view.sample.listed.pose, PIL.Image.BICUBIC)
+
+
+def read_control(view: View) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """What controls a view: frames (T, H, W, 3) uint8, and masks (T, H, W) uint8, 255 where the video is to be made.
+
+    Without a control video what is kept is of the video itself; without masks everything is made.
+    """
+    listed, bucket = view.sample.listed, view.bucket
+    frames = read_frames(view) if listed.control is None else read_beside(view, listed.control, PIL.Image.BICUBIC)
+    if listed.made is None:
+        return frames, numpy.full((bucket.frames, bucket.height, bucket.width), 255, numpy.uint8)
+    masks = read_beside(view, listed.made, PIL.Image.NEAREST).max(axis=-1)
+    return frames, numpy.where(masks > 127, 255, 0).astype(numpy.uint8)
+
+
+def read_beside(view: View, video: Path, filter: PIL.Image.Resampling) -> numpy.ndarray:
+    """(T, H, W, 3) uint8 of a video beside the view's own, of any size: the same frames, and the same crop.
+
+    Raises:
+        InputError: damaged, or shorter than it was.
+    """
+    facts, bucket, found = view.sample.facts, view.bucket, []
+    for frame in itertools.islice(stream_frames(video), view.start, view.start + bucket.frames):
+        across, down = frame.shape[1] / facts.width, frame.shape[0] / facts.height
+        left, top, right, bottom = view.box
+        box = (left * across, top * down, right * across, bottom * down)
+        found.append(numpy.asarray(PIL.Image.fromarray(frame).resize((bucket.width, bucket.height), filter, box)))
+    if len(found) < bucket.frames:
+        raise InputError(f"{video}: has become shorter since it was checked; start again")
+    return numpy.stack(found)
 
 
 def read_faces(sample: Sample) -> list[numpy.ndarray]:

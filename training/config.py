@@ -40,6 +40,7 @@ from training.config_recipes import (
     Avatar,
     ErrorRecycling,
     StandIn,
+    Vace,
     VaeLoss,
 )
 
@@ -229,6 +230,7 @@ class Config:
     deterministic: bool = option("kernels that give the same bits each time", False)
     stand_in: StandIn | None = block(only={"recipe": ("stand_in",)})
     avatar: Avatar | None = block(only={"recipe": ("avatar",)})
+    vace: Vace | None = block(only={"recipe": ("vace",)})
     error_recycling: ErrorRecycling | None = block(only={"recipe": ("error_recycling",)})
     vae: VaeLoss | None = block(only={"recipe": ("vae",)})
 
@@ -385,8 +387,13 @@ def check_model(config: Config) -> None:
     sees_pictures = shape.in_dim > shape.out_dim
     if config.recipe in ("avatar", "error_recycling") and not sees_pictures:
         config.refuse("model.config", f"recipe {config.recipe} trains image-to-video models, this one begins from text")
-    if config.recipe == "stand_in" and sees_pictures:
-        config.refuse("model.config", "recipe stand_in trains text-to-video models, this one begins from a picture")
+    if config.recipe in ("stand_in", "vace") and sees_pictures:
+        why = f"recipe {config.recipe} trains text-to-video models, this one begins from a picture"
+        config.refuse("model.config", why)
+    if config.recipe == "vace" and "vace" not in base:
+        config.refuse("model.config", "says nothing of a VACE branch; give wan2.1-vace-1.3B, wan2.1-vace-14B or tiny")
+    if config.recipe == "vace" and shape.out_dim != 16:
+        config.refuse("model.config", "VACE's context is of 16 latent channels, this model has others")
     check_paths(config, is_tiny=bool(base.get("tiny")), sees_clip=shape.image_dim is not None)
     multiple = 2 * shape.vae_spatial_factor
     for size in config.data.sizes:

@@ -91,7 +91,8 @@ def build(kind: type[Kind], given: Given, defaults: Defaults = ()) -> Kind:
         if not is_block(field) and name not in values and "." not in name:
             raise missing(name, field, places)
     for name, entry in given.items():
-        if why := why_unread(known, name, values):
+        is_off = entry.value is None and is_block(known[name][1])  # null for a block that nothing reads is what it is
+        if not is_off and (why := why_unread(known, name, values)):
             raise refusal(name, entry.value, why, places)
     return assemble(kind, "", known, values, given)
 
@@ -114,9 +115,10 @@ def assemble(kind: type, prefix: str, known: Mapping, values: Mapping[str, objec
         is_optional = field.metadata["optional"]
         is_given = any(other == name or other.startswith(f"{name}.") for other in given)
         is_off = name in given and given[name].value is None
-        if is_off and not is_optional:
+        is_unread = bool(why_unread(known, name, values))
+        if is_off and not is_optional and not is_unread:
             raise refusal(name, None, "fields of its own are expected; leave it out for their defaults", places)
-        if why_unread(known, name, values) or is_off or (is_optional and not is_given):
+        if is_unread or is_off or (is_optional and not is_given):
             arguments[field.name] = None
         else:
             arguments[field.name] = assemble(block_kind(field), f"{name}.", known, values, given)

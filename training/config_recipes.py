@@ -4,16 +4,17 @@ from dataclasses import dataclass
 
 from training.config_fields import block, option
 
-RECIPES = ("base", "vae", "stand_in", "avatar", "error_recycling")
+RECIPES = ("base", "vae", "stand_in", "avatar", "vace", "error_recycling")
 # recipe -> what it can train; the first is its default.
 TRAINABLE = {
     "base": ("lora", "full"),
     "vae": ("full",),
     "stand_in": ("adapter",),
     "avatar": ("full", "adapter", "lora"),
+    "vace": ("adapter",),
     "error_recycling": ("lora",),
 }
-DENOISING = ("base", "stand_in", "avatar", "error_recycling")  # recipes that train a transformer
+DENOISING = ("base", "stand_in", "avatar", "vace", "error_recycling")  # recipes that train a transformer
 LARGE = 10**9
 
 
@@ -46,6 +47,12 @@ class Avatar:
     motion_loss: float = option("share of the loss on differences of neighbours", 0.25, low=0, high=1)
     motion_axis: str = option("neighbours in time, or upstream's channels", "frames", choices=("frames", "legacy"))
     masks: Masks | None = block()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vace:
+    references: int = option("reference pictures of a sample, which come before its frames", 0, low=0, high=16)
+    masked_loss: float = option("how often only what is made counts in the loss", 0.0, low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)

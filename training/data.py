@@ -27,7 +27,7 @@ from errors import InputError, UsageError, exit_codes
 from preprocess.output import whole_file
 from training.config import Config, Source, parse_size, read_config
 from training.facts import Facts, measure, stamp_of
-from training.layouts import LAYOUTS, Listed, guess_layout, list_videos
+from training.layouts import LAYOUTS, Listed, find_references, guess_layout, list_videos
 from training.sampler import Bucket, Order
 
 logger = logging.getLogger("selfsame")
@@ -49,6 +49,8 @@ class Wanted:
     masks: tuple[str, ...] = ()  # "face", "lip"
     faces: bool = False  # the person's face
     pose: bool = False
+    control: bool = False  # a control video, a mask or reference pictures
+    references: int = 0  # how many reference pictures
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def wanted_by(config: Config) -> Wanted:
         masks=masks,
         faces=config.stand_in is not None,
         pose=recycling is not None and recycling.variant == "dance",
+        control=config.vace is not None,
+        references=config.vace.references if config.vace is not None else 0,
     )
 
 
@@ -247,6 +251,12 @@ def reasons_against(listed: Listed, facts: Facts | None, wanted: Wanted) -> tupl
         reasons.append("no face: make it with `python -m training.prepare`")
     if wanted.pose and listed.pose is None:
         reasons.append("no poses: dwpose.mp4 is not there")
+    if wanted.control:
+        name, pictures = listed.video.stem, len(find_references(listed.references))
+        if listed.control is None and listed.made is None and not wanted.references:
+            reasons.append(f"no control: neither {name}.control.mp4 nor {name}.mask.mp4 is there")
+        if pictures < wanted.references:
+            reasons.append(f"no reference: {name}.references/ has {pictures} pictures, {wanted.references} are wanted")
     return tuple(reasons)
 
 

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from configs import load_config
 from models.audio_encoder import AudioEncoder
+from models.vace import CONTEXT_CHANNELS
 from models.wan.image_encoder import ImageEncoder
 from models.wan.text_encoder import MAX_TOKENS, TextEncoder, clean_prompt
 from models.wan.vae import WanVAE
 from pipelines.conditions import latent_frames
 from pipelines.long_video.clip_conditions import frames_to_condition
 from pipelines.networks import shape_of
+from pipelines.vace.context import fit_reference, frames_to_video, mask_to_video, vace_context
+from preprocess.image import read_image
 from training.cache import Encoding
-from training.clips import View, find_faces, read_faces, read_frames, read_sound
+from training.clips import View, find_faces, read_control, read_faces, read_frames, read_sound
 from training.config import Config
+from training.layouts import find_references
 
 FACE = 512  # pixels of a side
 
@@ -49,7 +53,7 @@ def latent_numbers(view: View, channels: int, factor: int) -> int:
 
 def encodings_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[Encoding]:
     """What a run's forward passes take: latents and text, what an image-to-video model sees, the sound where it talks,
-    the person's face where there is one. The VAE itself takes frames.
+    the person's face where there is one, what controls the video. The VAE itself takes frames.
     """
     if config.vae is not None:
         return []
@@ -69,6 +73,8 @@ def encodings_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[En
         found.append(sound_layers(dtype))
     if config.stand_in is not None:
         found.append(faces(**size))
+    if config.vace is not None:
+        found.append(control(config.vace.references, **size))
     return found
 
 
@@ -123,6 +129,32 @@ def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat
         return [view.sample.facts.content, view.sample.facts.beside]
 
     return Encoding("faces", "vae", of_faces, numbers, read, encode, dtype)
+
+
+def control(
+    references: int = 0, channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16
+) -> Encoding:
+    """context (96, R + F, h, w) of VACE: kept and made latents and the folded mask, after R reference pictures."""
+
+    def read(view: View) -> tuple[Tensor, Tensor, list[Tensor]]:
+        frames, masks = read_control(view)
+        pictures = [
+            fit_reference(read_image(file, "reference"), view.bucket.height, view.bucket.width)
+            for file in find_references(view.sample.listed.references)[:references]
+        ]
+        return frames_to_video(frames), mask_to_video(masks), pictures
+
+    def encode(vae: WanVAE, what: tuple[Tensor, Tensor, list[Tensor]]) -> Mapping[str, Tensor]:
+        return {"context": vace_context(vae, *what)[0]}
+
+    def numbers(view: View) -> int:
+        frames = latent_frames(view.bucket.frames)
+        return latent_numbers(view, CONTEXT_CHANNELS, factor) * (frames + references) // frames
+
+    def decides(view: View) -> list:
+        return [*of_view(view), view.sample.facts.beside, references]
+
+    return Encoding("control", "vae", decides, numbers, read, encode, dtype)
 
 
 def svi_conditions(config: Config, **size: object) -> list[Encoding]:

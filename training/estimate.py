@@ -5,7 +5,7 @@ on top. Memory is an estimate: what a block holds while it runs was counted from
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from configs import load_config
 from models.multitalk import MultiTalk
 from models.pose_embedder import PoseEmbedder
+from models.vace import VaceBranch
 from models.wan.config import WanConfig
 from pipelines.audio_avatar.part import adapter_of
 from pipelines.conditions import latent_frames
@@ -98,6 +99,9 @@ def meta_adapters(config: Config, base: dict, shape: WanConfig) -> tuple[dict[st
     with torch.device("meta"):
         if config.avatar is not None:
             return {"audio_adapter": tiny_audio_adapter(base) if tiny else adapter_of(shape)}, 0
+        if config.vace is not None:
+            same = {name: getattr(shape, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
+            return {"vace": VaceBranch(**same, vace_layers=base["vace"]["vace_layers"])}, 0
         if config.stand_in is not None:
             rank = base["stand_in"]["rank"] if tiny else STAND_IN_RANK
             return {}, 6 * rank * shape.dim * shape.num_layers
@@ -174,11 +178,15 @@ def estimate(config: Config, data: TrainingSet, ranks: int = 1) -> list[str]:
         f"trained {counts.trained:,}"
     ]
     for bucket in buckets:
-        forward = forward_arithmetic(shape, tokens_of(bucket, shape), reference)
-        needed = forward.hardware(is_full, config.memory.checkpointing) * train.global_batch
+        stacks = [(forward_arithmetic(shape, tokens_of(bucket, shape), reference), is_full)]
+        if config.vace is not None:  # its blocks are a base's, and all of them train
+            branch = replace(shape, num_layers=len(base["vace"]["vace_layers"]))
+            stacks.append((forward_arithmetic(branch, tokens_of(bucket, shape)), True))
+        needed = sum(each.hardware(full, config.memory.checkpointing) for each, full in stacks) * train.global_batch
+        step = sum(each.step(full) for each, full in stacks) * train.global_batch
         lines.append(
             f"{bucket!s:<14} {tokens_of(bucket, shape):,} tokens; a step of {train.global_batch}: "
-            f"{forward.step(is_full) * train.global_batch / 1e15:.4g} PFLOP, {needed / 1e15:.4g} with what is computed "
+            f"{step / 1e15:.4g} PFLOP, {needed / 1e15:.4g} with what is computed "
             f"twice; {needed / ranks / CEILING:.3g} s or more on {ranks} H100{'s' if ranks > 1 else ''}"
         )
     parts = memory_parts(config, counts, tokens_of(buckets[0], shape))

@@ -2,6 +2,7 @@
 
 lora.safetensors             --lora_path of every script, ComfyUI too (SVI-Dance's has its pose embedder inside)
 stand_in.safetensors         --stand_in_path
+vace.safetensors             --vace_path, the branch without its base
 vae.safetensors              --vae_path, in Diffusers' names
 transformer.safetensors      --base_path, or --transformer_path of infer_audio_avatar.py with the adapter inside
 """
@@ -34,6 +35,8 @@ def exported_files(trainee: Trainee | VaeTrainee) -> dict[str, dict[str, Tensor]
             files["lora.safetensors"] |= {f"{KEY}{name}": tensor for name, tensor in own.items()}
     if "stand_in" in trained:
         files["stand_in.safetensors"] = trainee.stand_in.weights().state_dict()
+    if "vace" in trained:
+        files["vace.safetensors"] = trainee.vace.state_dict()
     if "audio_adapter" in trained or ("transformer" in trained and not has_lora):
         files["transformer.safetensors"] = base_tensors(transformer)
     if "audio_adapter" in trained:

@@ -17,9 +17,7 @@ from errors import InputError
 from preprocess.audio import SAMPLE_RATE, SILENCE, read_audio
 from preprocess.masks import find_frames
 from preprocess.video import probe
-from training.layouts import Listed
-
-PICTURES = (".png", ".jpg", ".jpeg")
+from training.layouts import PICTURES, Listed
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,9 @@ def measure_or_raise(listed: Listed) -> Facts:
     else:
         info = probe(listed.video)
         num_frames, width, height, fps = info.num_frames, info.width, info.height, info.fps
-    if listed.pose is not None and (poses := probe(listed.pose).num_frames) != num_frames:
-        raise InputError(f"{listed.pose.name} has {poses} frames, the video {num_frames}")
+    for other in (listed.pose, listed.control, listed.made):
+        if other is not None and (count := probe(other).num_frames) != num_frames:
+            raise InputError(f"{other.name} has {count} frames, the video {num_frames}")
     missing = tuple(missing_masks(listed, num_frames))
     video, beside = hashes_of(listed)
     return Facts(video, beside, num_frames, width, height, fps, channels, seconds, is_silent, missing)
@@ -153,7 +152,8 @@ def missing_masks(listed: Listed, num_frames: int) -> Iterator[tuple[str, tuple[
 def files_of(listed: Listed) -> Iterator[tuple[str, Path]]:
     """(what it is, file) of every file that a video is made of, in an order of its own."""
     folders = [("video", listed.video), ("audio", listed.audio), ("timing", listed.timing), ("faces", listed.faces)]
-    for role, place in (*folders, ("pose", listed.pose), *listed.masks):
+    controls = [("pose", listed.pose), ("control", listed.control), ("made", listed.made)]
+    for role, place in (*folders, *controls, ("references", listed.references), *listed.masks):
         if place is None:
             continue
         if place.is_file():

@@ -1,7 +1,8 @@
 """How training videos lie in folders: each layout as a list of what belongs to a video. Nothing is opened but texts.
 
     folder         NAME.mp4 with NAME.txt, or metadata.jsonl with file_name and text. Beside a video may lie, as
-                   `python -m training.prepare` puts them: NAME.wav, NAME.face_masks/, NAME.lip_masks/, NAME.faces/
+                   `python -m training.prepare` puts them: NAME.wav, NAME.face_masks/, NAME.lip_masks/, NAME.faces/;
+                   and what controls it: NAME.control.mp4, NAME.mask.mp4 (white is to be made), NAME.references/
     stableavatar   {rec,vec,square}/{speech,singing,dancing}/NNNNN/ with images/ or sub_clip.mp4, audio.wav, face_masks/
                    and lip_masks/; or video_{rec,vec,square}_path.txt, one such folder a line
     svi            FOLDER/FOLDER.csv of Filename and Video Description, videos beside it; or folders of video.mp4 and
@@ -20,6 +21,8 @@ from pathlib import Path
 from errors import InputError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+PICTURES = (".png", ".jpg", ".jpeg")
+CONTROLS = (".control", ".mask")  # endings of the names of videos that belong to another
 LISTS = ("video_rec_path.txt", "video_vec_path.txt", "video_square_path.txt")
 IDENTITY = "identity.json"  # how alike the people of a folder's videos are, from `training.prepare`
 # What StableAvatar's clips are called -> what they show; the first that is in the path counts.
@@ -44,6 +47,9 @@ class Listed:
     masks: tuple[tuple[str, Path], ...] = ()  # ("face", folder), ("lip", folder)
     faces: Path | None = None  # folder of the person's face, 512x512 on white
     pose: Path | None = None  # a video of poses
+    control: Path | None = None  # a video that says what is to be made: poses, depth, lines, …
+    made: Path | None = None  # a video of masks: white is to be made, black is kept
+    references: Path | None = None  # folder of pictures of what is to be seen
     alike: tuple[tuple[str, float], ...] = ()  # other videos of the source by their faces' similarity
     within: tuple[tuple[int, int, float], ...] = ()  # two frames, and the similarity of the faces in them
     trouble: str = ""  # why it cannot be used, as far as a list tells, "kind: details"
@@ -51,7 +57,8 @@ class Listed:
     def places(self) -> Iterator[Path]:
         """Every file and folder that it is made of."""
         folders = [folder for _, folder in self.masks]
-        yield from (p for p in (self.video, self.audio, self.timing, *folders, self.faces, self.pose) if p is not None)
+        beside = (self.audio, self.timing, *folders, self.faces, self.pose, self.control, self.made, self.references)
+        yield from (place for place in (self.video, *beside) if place is not None)
 
 
 def list_videos(path: str | Path, layout: str) -> list[Listed]:
@@ -94,21 +101,32 @@ def list_folder(root: Path) -> Iterator[Listed]:
     alike, within = read_identity(root / IDENTITY)
     seen = set()
     for video in files_below(root, VIDEOS):
+        if video.stem.endswith(CONTROLS):
+            continue
         name = video.relative_to(root).as_posix()
         seen.add(name)
         caption, trouble = caption_of(video, captions.get(name))
         beside = {
             kind: video.with_name(f"{video.stem}{kind}") for kind in (".wav", ".faces", ".face_masks", ".lip_masks")
         }
+        control, made = (video.with_name(f"{video.stem}{kind}.mp4") for kind in CONTROLS)
+        references = video.with_name(f"{video.stem}.references")
         masks = tuple((kind, beside[f".{kind}_masks"]) for kind in ("face", "lip") if beside[f".{kind}_masks"].is_dir())
         yield Listed(
             name, video, caption, trouble=trouble, masks=masks, alike=alike.get(name, ()), within=within.get(name, ()),
             audio=beside[".wav"] if beside[".wav"].is_file() else None,
             faces=beside[".faces"] if beside[".faces"].is_dir() else None,
+            control=control if control.is_file() else None, made=made if made.is_file() else None,
+            references=references if references.is_dir() else None,
         )  # fmt: skip
     for name in captions:
         if name not in seen:
             yield Listed(name, root / name, trouble="missing: metadata.jsonl names it")
+
+
+def find_references(folder: Path | None) -> list[Path]:
+    """The reference pictures of a video, by name."""
+    return [] if folder is None else sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
 
 
 def files_below(root: Path, endings: tuple[str, ...]) -> Iterator[Path]:

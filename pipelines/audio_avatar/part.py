@@ -38,14 +38,11 @@ def audio_adapter_part(settings: AvatarSettings, config: dict) -> Part:
     path = transformer_path(settings, config)
     load_both = partial(load_audio_avatar, path, expect=shape_of(config))
     read = partial(load_both, device="meta")
-    encoder = audio_encoder_path(settings)
-    files = [
-        WeightsFile("transformer", "--transformer_path", path, config["name"], read=read),
-        WeightsFile(
-            *("wav2vec2", "--pretrained_wav2vec_path", encoder, AUDIO_ENCODER),
-            read=partial(load_audio_encoder, encoder, device="meta"),
-        ),
-    ]
+    files = [WeightsFile("transformer", "--transformer_path", path, config["name"], read=read)]
+    if not has_seeded_encoder(settings, config):
+        encoder = audio_encoder_path(settings)
+        read = partial(load_audio_encoder, encoder, device="meta")
+        files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", encoder, AUDIO_ENCODER, read=read))
 
     def read_both(reading: Reading) -> tuple[WanTransformer, AudioAdapter]:
         return load_both(**reading.options, changes=reading.changes, hint=download_command(config))
@@ -62,6 +59,11 @@ def transformer_path(settings: AvatarSettings, config: dict) -> Path:
 
 def audio_encoder_path(settings: AvatarSettings) -> Path:
     return Path(settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
+
+
+def has_seeded_encoder(settings: AvatarSettings, config: dict) -> bool:
+    """Whether a tiny model hears by an encoder of its own."""
+    return bool(config.get("tiny")) and settings.pretrained_wav2vec_path is None
 
 
 def adapter_of(shape: WanConfig) -> AudioAdapter:
@@ -109,6 +111,6 @@ def encode_sounds(wan: Wan, samples: numpy.ndarray, ranges: Sequence[tuple[int, 
 
 
 def _load_audio_encoder(wan: Wan) -> AudioEncoder:
-    if wan.is_tiny:
+    if has_seeded_encoder(wan.settings, wan.config):
         return tiny.tiny_audio_encoder(wan.config)
     return load_audio_encoder(audio_encoder_path(wan.settings), hint=download_command(load_config(AUDIO_ENCODER)))
