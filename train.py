@@ -15,16 +15,19 @@ import logging
 import os
 from pathlib import Path
 
-from errors import run_script
+from errors import UsageError, run_script
 from pipelines.flags import Parser
 from training.config import read_config, resolved_yaml
+from training.config_file import files_of
+from training.config_recipes import RECIPES
 
 logger = logging.getLogger("selfsame")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--config", required=True, help="a YAML file, or a name of configs/train/")
+    parser.add_argument("--recipe", choices=RECIPES, help="what is trained; a file need not say it then")
+    parser.add_argument("--config", help="a YAML file, or a name of configs/train/")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="train.steps=50, over the file"
     )
@@ -36,7 +39,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Train; the files that were made."""
-    config = read_config(args.config, args.set)  # what can be refused without torch is refused before it is imported
+    if args.config is None:
+        raise UsageError(f"--config: give a YAML file, or one of {', '.join(files_of(args.recipe))}")
+    # What can be refused without torch is refused before it is imported.
+    config = read_config(args.config, args.set, args.recipe)
     if args.dry_run:
         from training.data import read_samples
         from training.estimate import estimate

@@ -12,6 +12,7 @@ from configs import FOLDER
 from errors import UsageError
 from training.config import DEFAULTS, RECIPES, TRAINABLE, Config, read_config, resolved_yaml
 from training.config_fields import fields_of, is_block
+from training.config_file import files_of
 
 PROJECT = Path(__file__).parent.parent
 LEAST = {
@@ -287,3 +288,20 @@ def test_null_turns_off_a_block_that_nothing_would_read():
     assert config.train.trainable == "full" and config.train.lora is None
     with pytest.raises(UsageError, match="train.lora null: fields of its own are expected"):
         read_config("tiny-base", ["train.lora=null"])
+
+
+def test_the_recipe_of_the_command_is_the_files_or_in_its_place(tmp_path):
+    assert read_config("tiny-base", recipe="base").recipe == "base"
+    with pytest.raises(
+        UsageError, match="line 2: recipe is base, --recipe vae; give one of tiny-vae"
+    ):
+        read_config("tiny-base", recipe="vae")
+    text = "output: x\nmodel: {config: tiny}\ndata: {sources: [{path: data}]}\n"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert read_config(tmp_path / "run.yaml", recipe="vae").recipe == "vae"
+
+
+def test_every_recipe_has_a_tiny_file_that_its_name_finds():
+    for recipe in RECIPES:
+        assert f"tiny-{recipe}" in files_of(recipe)
+        assert all(read_config(name).recipe == recipe for name in files_of(recipe))

@@ -287,17 +287,18 @@ DEFAULTS: Defaults = (
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_config(path: str | Path | None, sets: Sequence[str] = ()) -> Config:
+def read_config(path: str | Path | None, sets: Sequence[str] = (), recipe: str | None = None) -> Config:
     """The configuration in a YAML file, with single fields set over it.
 
     Args:
         path: a YAML file, or a name of configs/train/; None: everything comes from `sets`.
         sets: "train.steps=50", as --set is given.
+        recipe: what the file has to be of, or need not say itself.
 
     Raises:
         UsageError: the first thing that is wrong, in one line.
     """
-    config = build(Config, read_given(path, sets, fields_of(Config)), DEFAULTS)
+    config = build(Config, read_given(path, sets, fields_of(Config), recipe), DEFAULTS)
     check_together(config)
     return config
 

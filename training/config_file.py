@@ -44,19 +44,27 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_given(path: str | Path | None, sets: Sequence[str], known: Mapping[str, tuple]) -> Given:
+def read_given(
+    path: str | Path | None, sets: Sequence[str], known: Mapping[str, tuple], recipe: str | None = None
+) -> Given:
     """What a file and --set give; --set wins.
 
     Args:
         known: dotted names of all fields, those of blocks with a dataclass (`training.config.fields_of`).
+        recipe: of --recipe, which a file need not name then.
 
     Raises:
-        UsageError: no such file, no YAML, an unknown field, one that is there twice.
+        UsageError: no such file, no YAML, an unknown field, one that is there twice; a file of another recipe.
     """
     given: Given = {}
     if path is not None:
         file = find_file(path)
         given = dict(entries(parse(read_text(file), str(file)), "", str(file), known))
+    if recipe is not None:
+        entry = given.setdefault("recipe", Entry(recipe, f"--recipe {recipe}"))
+        if entry.value != recipe:
+            names = ", ".join(files_of(recipe))
+            raise UsageError(f"{entry.place}: recipe is {entry.value}, --recipe {recipe}; give one of {names}")
     for text in sets:
         name, separator, value = text.partition("=")
         name = name.strip()
@@ -87,6 +95,12 @@ def find_file(path: str | Path) -> Path:
     names = sorted(file.stem for file in own.glob("*.yaml"))
     hint = nearest(Path(path).stem, names) or f"; give a YAML file, or one of {', '.join(names)}"
     raise UsageError(f"--config {path}: no such file{hint}")
+
+
+def files_of(recipe: str | None) -> list[str]:
+    """The names of a recipe's files in configs/train/, or of all."""
+    line = re.compile(rf"^recipe: {recipe or '.*'}$", re.MULTILINE)
+    return sorted(file.stem for file in (FOLDER / "train").glob("*.yaml") if line.search(file.read_text("utf-8")))
 
 
 def read_text(file: Path) -> str:
