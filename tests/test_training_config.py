@@ -1,6 +1,7 @@
 """The configuration of training: what a file gives, what is refused, in one line with the place."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,3 +306,23 @@ def test_every_recipe_has_a_tiny_file_that_its_name_finds():
     for recipe in RECIPES:
         assert f"tiny-{recipe}" in files_of(recipe)
         assert all(read_config(name).recipe == recipe for name in files_of(recipe))
+
+
+def test_the_commands_in_place_of_upstreams_are_those_of_files_that_are_there():
+    text = (FOLDER.parent / "README.md").read_text("utf-8")
+    table = text[text.index("| theirs | ours |") :].partition("\n\n")[0]
+    named = re.findall(r"--config ([\w.-]+)", table)
+    assert len(named) >= 10
+    for name in named:
+        assert read_config(name).recipe in RECIPES
+    shaped = read_config("avatar-1.3b-lora", ["data.resolutions=[480x832, 832x480]"])
+    assert shaped.data.sizes == ((480, 832), (832, 480)) and shaped.train.lora.alpha == 64
+
+
+def test_a_two_expert_model_has_a_file_for_each_expert():
+    """They differ in nothing else, and in where they write."""
+    for high in sorted(path for path in (FOLDER / "train").glob("*-high.yaml")):
+        one, other = read_config(high), read_config(high.with_name(high.name.replace("-high", "-low")))
+        assert (one.model.expert, other.model.expert) == ("high", "low") and one.output != other.output
+        same = dataclasses.replace(other, model=one.model, output=one.output)
+        assert same == one

@@ -73,7 +73,7 @@ class Probabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorRecycling:
-    variant: str = option("which of SVI's models", choices=("shot", "film", "talk", "dance", "pro"))
+    variant: str = option("which of SVI's models", choices=("shot", "film", "tom", "talk", "dance", "pro"))
     p: Probabilities | None = block()
     clean_update: float = option("how often a clean step's error is kept", 0.1, low=0, high=1)
     grids: int = option("noise levels that errors are kept by", 50, low=1, high=1000)
