@@ -17,6 +17,10 @@ FACE = ["--config", "tiny", *SMALL, "--no_face_crop"]
 # recipe, what of it is set, the file, and the command that takes it: script, flag, other flags.
 CASES = {
     "lora": ("base", [], "lora", "infer_with_lora", "--lora_path", FACE),
+    "picture": (
+        *("base", ["model.config=tiny-i2v"], "lora", "infer_with_lora", "--lora_path"),
+        ["--config", "tiny-i2v", *SMALL, "--image", "assets/face.png", "--prompt", "a face"],
+    ),
     "base": ("base", ["train.trainable=full", "train.lora=null"], "transformer", "infer", "--base_path", FACE),
     "stand_in": ("stand_in", [], "stand_in", "infer", "--stand_in_path", FACE),
     "avatar": (

@@ -12,9 +12,10 @@ from pipelines.command import resolve_settings
 from pipelines.flags import described, given_by, without_words
 from pipelines.instant_id.command import check_instant_id
 from pipelines.instant_id.settings import MULTIPLE, InstantIdSettings
+from pipelines.lora_command import resolve_lora_settings
 from pipelines.networks import family_of
 from pipelines.settings import WanVersion
-from pipelines.text_to_video.settings import FirstFrameSettings, ImageToVideoSettings
+from pipelines.text_to_video.settings import FirstFrameSettings, ImageToVideoSettings, PictureLoraSettings
 
 PICTURE_AREA = 1024 * 1024  # SDXL makes pictures of this area best
 PICTURE_AREAS = (0.8 * 2**20, 1.1 * 2**20)  # what is near enough to it
@@ -83,6 +84,23 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
         InputError: a picture that is not there.
     """
     settings, config = resolve_settings(with_picture_config(given_by(args)), ImageToVideoSettings)
+    check_start(settings, config)
+    return settings, config
+
+
+def resolve_picture_loras(args: Namespace) -> tuple[PictureLoraSettings, dict]:
+    """The same with LoRAs. Raises: also as `resolve_lora_settings`."""
+    settings, config = resolve_lora_settings(with_picture_config(given_by(args)), PictureLoraSettings)
+    check_start(settings, config)
+    return settings, config
+
+
+def check_start(settings: ImageToVideoSettings, config: dict) -> None:
+    """Whether the model starts from what it is given.
+
+    Raises:
+        UsageError, InputError: as `resolve_image_to_video`.
+    """
     check_first_frame(settings)
     if settings.first_frame is not None and len(settings.prompt) > 1 and settings.first_frame_prompt is None:
         raise UsageError("--first_frame with several prompts: give --first_frame_prompt, the scene that they share")
@@ -105,7 +123,6 @@ def resolve_image_to_video(args: Namespace) -> tuple[ImageToVideoSettings, dict]
         raise UsageError(f"--config {name}: runs from one picture to another; give --last_image too")
     if family != "flf2v" and settings.last_image is not None:
         raise UsageError(f"--last_image: {name} takes none; use --config wan2.1-flf2v-14B-720P")
-    return settings, config
 
 
 def with_picture_config(given: Mapping[str, object]) -> Mapping[str, object]:

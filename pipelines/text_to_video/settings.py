@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pipelines.flags import MEDIA, setting
 from pipelines.instant_id.settings import InstantId
+from pipelines.lora_settings import ExpertLoras, LoraSettings
 from pipelines.settings import LARGEST_SEED, Settings
 
 
@@ -47,6 +48,14 @@ class ImageToVideoSettings(FirstFrameSettings, Settings):
     def score_photos(self) -> tuple[str, ...]:
         """Whom the video is compared with: the photo's people, or who is in the picture it starts from."""
         return self.ip_image or ((self.image,) if self.image else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLoraSettings(ExpertLoras, ImageToVideoSettings):
+    """infer_with_lora.py's: the same with LoRAs on the model."""
+
+    script: ClassVar[str] = "infer_with_lora.py"
+    plain: ClassVar[type] = LoraSettings
 
 
 def first_frame_path(output: Path) -> Path:
