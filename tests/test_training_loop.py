@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from errors import InputError, ResourceError, UsageError, WeightsError
 from tests.training_run import make_run
-from training import checkpoint, loop
+from training import checkpoint, log, loop
 from training.checkpoint import latest_checkpoint
 from training.draws import Draws
 from training.loop import Run, train
@@ -157,13 +157,14 @@ def test_two_processes_are_one_and_one_goes_on_from_two(tmp_path, unbroken):
 
 
 def test_the_mean_is_what_is_tried_and_training_goes_on_as_it_was(tmp_path, unbroken, caplog, monkeypatch):
-    monkeypatch.setattr(loop, "LINE_EVERY", 0)
+    monkeypatch.setattr(log, "LINE_EVERY", 0)
     run, seen = make_run(tmp_path, "validate.every=2"), {}
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> dict:
         mean, weights = run.ema.mean, run.masters.parameters
         assert all(torch.equal(weights[name], mean[name]) for name in mean)
         seen[step] = {name: value.clone() for name, value in mean.items()}
+        return {}
 
     run.evaluate = evaluate
     with caplog.at_level(logging.INFO, "selfsame"):

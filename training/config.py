@@ -191,7 +191,9 @@ class ValidationSample:
     reference: str | None = option("the person's photo", None)
     audio: str | None = option("what is said", None)
     image: str | None = option("the first frame", None)
+    control: str | None = option("a video that controls it, or its poses", None)
     seed: int = option("its seed", 0, low=0, high=2**63 - 1)
+    num_inference_steps: int | None = option("its steps; null: as many as the model's", None, low=1, high=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,9 @@ class Validate:
     every: int = option("steps between held-out losses", 250, low=1, high=LARGE)
     quantiles: int = option("noise levels of the held-out loss", 9, low=1, high=1000, only={"recipe": DENOISING})
     samples: tuple[ValidationSample, ...] = option("videos that are made", (), only={"recipe": DENOISING})
-    videos_every: int | None = option("steps between them", None, low=1, high=LARGE, only={"recipe": DENOISING})
+    videos_every: int | None = option(
+        "steps between them; null: at the start and the end alone", None, low=1, high=LARGE, only={"recipe": DENOISING}
+    )
     metrics: tuple[str, ...] = option(
         "measures of these videos", (), choices=("face_similarity",), only={"recipe": DENOISING}
     )

@@ -131,9 +131,7 @@ def faces(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat
     return Encoding("faces", "vae", of_faces, numbers, read, encode, dtype)
 
 
-def control(
-    references: int = 0, channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16
-) -> Encoding:
+def control(references: int = 0, channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
     """context (96, R + F, h, w) of VACE: kept and made latents and the folded mask, after R reference pictures."""
 
     def read(view: View) -> tuple[Tensor, Tensor, list[Tensor]]:

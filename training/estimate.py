@@ -4,7 +4,7 @@ Arithmetic is that of the transformer's matrix products and attention; the audio
 on top. Memory is an estimate: what a block holds while it runs was counted from its tensors, not measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,7 @@ from training.config import Config
 from training.data import TrainingSet
 from training.encodings import FACE, encodings_of
 from training.error_bank import bank_bytes
+from training.recipes.base import Batch
 from training.sampler import Bucket
 
 CLIP_TOKENS = 257
@@ -141,6 +142,32 @@ def forward_arithmetic(shape: WanConfig, tokens: int, reference_tokens: int = 0)
     return Arithmetic(layers * block + ends, layers * attention)
 
 
+def stacks_of(config: Config, tokens: int) -> list[tuple[Arithmetic, bool]]:
+    """Of one sample, of so many tokens of video: the networks that run, and whether all of their weights train."""
+    base = load_config(config.model.config)
+    shape, is_full = shape_of(base), config.train.trainable == "full"
+    reference = (FACE // (2 * shape.vae_spatial_factor)) ** 2 if config.stand_in is not None else 0
+    stacks = [(forward_arithmetic(shape, tokens, reference), is_full)]
+    if config.vace is not None:  # its blocks are a base's, and all of them train
+        branch = replace(shape, num_layers=len(base["vace"]["vace_layers"]))
+        stacks.append((forward_arithmetic(branch, tokens), True))
+    return stacks
+
+
+def flop_of(config: Config) -> Callable[[Batch], int]:
+    """The arithmetic of a batch's forward and backward pass, without what is computed twice."""
+    known: dict[int, int] = {}
+
+    def count(batch: Batch) -> int:
+        samples, _, frames, height, width = batch.mean.shape
+        tokens = frames * (height // 2) * (width // 2)
+        if tokens not in known:
+            known[tokens] = sum(arithmetic.step(is_full) for arithmetic, is_full in stacks_of(config, tokens))
+        return samples * known[tokens]
+
+    return count
+
+
 def memory_parts(config: Config, counts: Counts, tokens: int) -> dict[str, int]:
     """Bytes on the device of one process, part by part."""
     shape, train = shape_of(load_config(config.model.config)), config.train
@@ -168,20 +195,14 @@ def estimate(config: Config, data: TrainingSet, ranks: int = 1) -> list[str]:
     """What --dry_run prints, a line each."""
     if config.vae is not None:
         return [f"{len(data.samples)} samples; no estimate is made for the VAE of a tiny model"]
-    base, counts = load_config(config.model.config), count_parameters(config)
-    shape, train = shape_of(base), config.train
+    shape, train, counts = shape_of(load_config(config.model.config)), config.train, count_parameters(config)
     buckets = sorted({sample.bucket for sample in data.samples}, key=lambda each: -tokens_of(each, shape))
-    is_full = train.trainable == "full"
-    reference = (FACE // (2 * shape.vae_spatial_factor)) ** 2 if config.stand_in is not None else 0
     lines = [
         f"parameters     transformer {counts.transformer:,}, adapters {counts.adapters:,}, LoRA {counts.lora:,}; "
         f"trained {counts.trained:,}"
     ]
     for bucket in buckets:
-        stacks = [(forward_arithmetic(shape, tokens_of(bucket, shape), reference), is_full)]
-        if config.vace is not None:  # its blocks are a base's, and all of them train
-            branch = replace(shape, num_layers=len(base["vace"]["vace_layers"]))
-            stacks.append((forward_arithmetic(branch, tokens_of(bucket, shape)), True))
+        stacks = stacks_of(config, tokens_of(bucket, shape))
         needed = sum(each.hardware(full, config.memory.checkpointing) for each, full in stacks) * train.global_batch
         step = sum(each.step(full) for each, full in stacks) * train.global_batch
         lines.append(

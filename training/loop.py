@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,12 +28,12 @@ from training.draws import Draws
 from training.ema import Ema
 from training.error_bank import BankView, ErrorBank, RecycledError, errors_to_insert
 from training.gradient_limit import gradient_limit, tightened_limit
+from training.log import Logger, News
 from training.optimizers import Masters, averaged, learning_rate, set_learning_rate
 from training.recipes.base import Batch
 
 logger = logging.getLogger("selfsame")
 
-LINE_EVERY = 60  # seconds
 REDUCED_AT_ONCE = 2**26  # numbers of one all-reduce
 
 # (batch, draws, view of the bank) -> losses (B,) of the recipe, and the errors for the bank.
@@ -49,8 +49,11 @@ class Run:
     batches:   this process's micro-batches of a step, from 0.
     masters, optimizer: of what is trained.
     about:     what a checkpoint must agree with: "config", and hashes of "data" and "base".
-    evaluate:  called with the step after every `validate.every` steps; has draws of its own and changes nothing.
-    log:       called with the numbers of each step, on the first process.
+    evaluate:  called with the step after every `validate.every` steps; has draws of its own and changes nothing. Gives
+               numbers to be logged.
+    videos:    the same, before the first step, after every `validate.videos_every` and after the last.
+    flop:      arithmetic of a batch's forward and backward pass.
+    loggers:   called with numbers and their step, on the first process.
     """
 
     config: Config
@@ -61,10 +64,13 @@ class Run:
     about: Mapping[str, object]
     bank: ErrorBank | None = None
     ema: Ema | None = None
-    evaluate: Callable[[int], None] | None = None
-    log: Callable[[dict], None] | None = None
+    evaluate: Callable[[int], Mapping[str, float]] | None = None
+    videos: Callable[[int], Mapping[str, float]] | None = None
+    flop: Callable[[Batch], int] | None = None
+    loggers: Sequence[Logger] = ()
     step: int = 0  # steps that are done
     skipped: int = 0  # updates that were left out since the last good one
+    done_flop: int = 0  # of the last step, on this process
     output: Path = field(init=False)
 
     def __post_init__(self):
@@ -84,20 +90,24 @@ def train(run: Run) -> None:
     config = run.config
     resume(run)
     losses_log = LossesLog(run.output / "losses.jsonl", run.step) if run.rank == 0 else None
-    saved_at, saved_step, news = time.monotonic(), run.step, News()
+    saved_at, saved_step = time.monotonic(), run.step
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if run.videos is not None and run.step == 0:
+        note(run, run.videos(0))
+    news = News(run.device, config.train.steps, ranks)
     with Stop() as stop, ProgressBars(run.rank == 0).work("training", config.train.steps - run.step, "step") as bar:
         while run.step < config.train.steps:
             record = train_step(run)
             if losses_log is not None:
                 losses_log.write(record)
-                if run.log is not None:
-                    run.log(record)
-                news.add(record)
+                tell(run, news.add(record, ranks * run.done_flop))
             run.step += 1
             bar.advance()
             if run.evaluate is not None and run.step % config.validate.every == 0:
                 with weights_to_use(run):
-                    run.evaluate(run.step)
+                    note(run, run.evaluate(run.step))
+            if run.videos is not None and run.step % (config.validate.videos_every or config.train.steps) == 0:
+                note(run, run.videos(run.step))
             stopping, is_late = agreed(
                 [stop.asked, time.monotonic() - saved_at > 60 * (config.save.minutes or math.inf)], run.device
             )
@@ -110,6 +120,21 @@ def train(run: Run) -> None:
     assert saved_step == run.step
 
 
+def tell(run: Run, numbers: Mapping[str, float]) -> None:
+    """Log numbers and their step."""
+    for log in run.loggers:
+        log(numbers)
+
+
+def note(run: Run, found: Mapping[str, float]) -> None:
+    """Write what was found out about the weights of this step into validation.jsonl, and log it."""
+    if run.rank or not found:
+        return
+    with open(run.output / "validation.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": run.step, **found}) + "\n")
+    tell(run, {"step": run.step, **{f"held_out/{name}": value for name, value in found.items()}})
+
+
 def train_step(run: Run) -> dict:
     """One optimiser step. Returns what is logged of it: numbers that a resumed run repeats to the bit."""
     config, step = run.config, run.step
@@ -119,11 +144,13 @@ def train_step(run: Run) -> dict:
     view = None if run.bank is None else run.bank.view()  # the bank as it is before this step
     losses: dict[int, float] = {}  # by position in the global batch
     errors: list[RecycledError] = []
+    run.done_flop = 0
     for batch in run.batches(step):
         draw = Draws(config.seed, step, batch.positions, train.global_batch)
         of_batch, offered = run.forward(batch, draw, view)
         (of_batch.sum() / train.global_batch).backward()
         run.masters.collect()
+        run.done_flop += run.flop(batch) if run.flop is not None else 0
         losses |= zip(batch.positions, of_batch.tolist(), strict=True)
         errors += offered
 
@@ -307,27 +334,6 @@ class LossesLog:
     def write(self, record: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-class News:
-    """A line in the log every now and then: the mean loss since the last one, and how long a step takes."""
-
-    def __init__(self):
-        self.begin()
-
-    def begin(self) -> None:
-        self.since, self.losses = time.monotonic(), []
-
-    def add(self, record: dict) -> None:
-        self.losses.append(record["loss"])
-        seconds = time.monotonic() - self.since
-        if seconds >= LINE_EVERY:
-            logger.info(
-                "step %d: loss %.4f (mean of %d), gradient %.3g, limit %.3g, rate %.3g, %.3g s a step",
-                *(record["step"] + 1, sum(self.losses) / len(self.losses), len(self.losses)),
-                *(record["norm"], record["limit"], record["lr"], seconds / len(self.losses)),
-            )
-            self.begin()
 
 
 class Stop:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -28,10 +27,13 @@ from training.ema import Ema
 from training.encoders import encoders_of
 from training.encodings import encodings_of
 from training.error_bank import BankView, RecycledError
+from training.estimate import flop_of
 from training.export import export
+from training.log import import_wandb, loggers_of
 from training.loop import Run, train, wait, weights_to_use
 from training.recipes.base import Batch, Recipe, denoising_step
 from training.recipes.vae import VaeRecipe, vae_step
+from training.validation_videos import check_samples, make_videos
 
 logger = logging.getLogger("selfsame")
 
@@ -99,10 +101,13 @@ def make_run(
         {"config": resolved(config), "data": data.hash, "base": base_hash(config, base)},
         bank=bank_of(config, rank, int(os.environ.get("LOCAL_RANK", 0))),
         ema=ema,
-        log=tensorboard_of(config) if rank == 0 and config.log.tensorboard else None,
+        flop=None if config.vae is not None else flop_of(config),
+        loggers=loggers_of(config) if rank == 0 else (),
     )
     if data.held_out:
         run.evaluate = partial(held_out_loss, run, recipe, trainee, data, batches.maker)
+    if config.vae is None and config.validate.samples:
+        run.videos = partial(make_videos, run, trainee)
     return run, trainee
 
 
@@ -124,9 +129,9 @@ def forward_of(recipe: Recipe | VaeRecipe, trainee: torch.nn.Module) -> Callable
 @torch.no_grad()
 def held_out_loss(
     run: Run, recipe: Recipe | VaeRecipe, trainee: torch.nn.Module, data: TrainingSet, maker: BatchMaker, step: int
-) -> None:
+) -> dict[str, float]:
     """The loss of samples that are never trained on, at fixed noise and noise levels: what tells progress, where the
-    loss of training tells mostly which noise was drawn. Written to validation.jsonl; changes nothing.
+    loss of training tells mostly which noise was drawn. Changes nothing.
     """
     found: dict[str, list[float]] = {}
     forward = forward_of(recipe, trainee)
@@ -143,9 +148,8 @@ def held_out_loss(
     means = {name: sum(values) / len(values) for name, values in found.items()}
     means["loss"] = sum(means.values()) / len(means)
     if run.rank == 0:
-        with open(run.output / "validation.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **means}) + "\n")
         logger.info("step %d: held-out loss %.5f", step, means["loss"])
+    return means
 
 
 # ------------------------------------------------------------------------------------------------------ processes
@@ -214,22 +218,6 @@ def write_resolved(config: Config, rank: int) -> None:
         (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
 
 
-def tensorboard_of(config: Config) -> Callable[[dict], None] | None:
-    """A writer of TensorBoard's files; None, with a word, where its package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("log.tensorboard: the package is not installed (pip install tensorboard); losses.jsonl has all")
-        return None
-    writer = SummaryWriter(str(Path(config.output) / "tensorboard"))
-
-    def log(record: dict) -> None:
-        for name in ("loss", "norm", "limit", "lr"):
-            writer.add_scalar(name, record[name], record["step"])
-
-    return log
-
-
 def refuse_unbuilt(config: Config) -> None:
     """Settings that a run would not heed are refused, not ignored.
 
@@ -244,9 +232,8 @@ def refuse_unbuilt(config: Config) -> None:
             config.refuse(
                 f"memory.{name}", "nothing reads it where memory.checkpointing is none; give full or attention"
             )
-    if config.validate.samples:
-        config.refuse("validate.samples", "videos are not made while training yet; use the exported files")
+    check_samples(config)
     if config.log.wandb is not None:
-        config.refuse("log.wandb", "is not built yet; give null, TensorBoard's files and losses.jsonl have the numbers")
+        import_wandb(config)
     if config.vae is not None and not load_config(config.model.config).get("tiny"):
         config.refuse("model.config", "the VAE recipe trains tiny models' VAEs, tiny for instance")
