@@ -6,7 +6,6 @@ import torch
 from diffusers import ModelMixin
 
 from configs import download_command
-from models.wan import image_encoder, text_encoder, vae
 from models.wan.checkpoint import load_transformer
 from models.wan.float8 import use_float8
 from models.wan.image_encoder import ImageEncoder, load_image_encoder
@@ -24,7 +23,7 @@ def read_text_encoder(files: ModelFiles, device: torch.device) -> TextEncoder:
     """umT5. On a CPU it stays as its file has it, bfloat16 as released: mapped from disk, where float32 takes 21 GiB.
     Of a random encoder of width 1024 the states differ from float32's by 0.9 % after 4 layers, 2 % after 24.
     """
-    if files.is_seeded("text_encoder_path", text_encoder.PLACE):
+    if files.are_tiny:
         return tiny.tiny_text_encoder(files.config).to(device)
     path = files.settings.text_encoder_path or files.base_path
     logger.info("reading the text encoder from %s", path)
@@ -40,7 +39,7 @@ def read_text_encoder(files: ModelFiles, device: torch.device) -> TextEncoder:
 
 def read_image_encoder(files: ModelFiles, device: torch.device) -> ImageEncoder:
     """CLIP's, on the CPU, in the type that suits the device."""
-    if files.is_seeded("image_encoder_path", image_encoder.PLACE):
+    if files.are_tiny:
         return tiny.tiny_image_encoder(files.config)
     path = files.settings.image_encoder_path or files.base_path
     dtype = torch.float32 if device.type == "cpu" else torch.float16
@@ -48,7 +47,7 @@ def read_image_encoder(files: ModelFiles, device: torch.device) -> ImageEncoder:
 
 
 def read_vae(files: ModelFiles, dtype: torch.dtype) -> WanVAE:
-    if files.is_seeded("vae_path", vae.PLACE):
+    if files.has_seeded_vae:
         return tiny.tiny_vae(files.config).to(dtype)
     path = files.settings.vae_path or files.base_path
     return load_vae(path, dtype=dtype, hint=download_command(files.base)).to(dtype)

@@ -44,7 +44,11 @@ class ModelFiles:
     @property
     def has_seeded_transformer(self) -> bool:
         """Whether the transformer is a tiny model's own; a branch beside it may be of a file."""
-        return bool(self.config.get("tiny")) and self.settings.base_path is None and self.with_transformer is None
+        return self.are_tiny and self.settings.base_path is None and self.with_transformer is None
+
+    @property
+    def has_seeded_vae(self) -> bool:
+        return self.are_tiny and self.settings.vae_path is None
 
     @property
     def base(self) -> dict:
@@ -77,18 +81,12 @@ class ModelFiles:
             return self.base_path
         return self.base_path / self.config["experts"][EXPERTS[expert]]
 
-    def is_seeded(self, flag: str, place: tuple[str, str]) -> bool:
-        """Whether a part is the tiny model's own: no file of it is named, and none lies beside a base that is."""
-        if not self.config.get("tiny") or getattr(self.settings, flag) is not None:
-            return False
-        return self.are_tiny or self._part(None, place) == self.base_path
-
     @property
     def encoder_sizes(self) -> dict:
         """What an estimate has to know of the encoders: bytes of the text's, and the shape of a tiny model's VAE."""
         return {
-            "vae": self.config.get("vae") if self.is_seeded("vae_path", vae.PLACE) else None,
-            "text_encoder": 0 if self.is_seeded("text_encoder_path", text_encoder.PLACE) else TEXT_ENCODER,
+            "vae": self.config.get("vae") if self.has_seeded_vae else None,
+            "text_encoder": 0 if self.are_tiny else TEXT_ENCODER,
         }
 
     def weights(self) -> list[WeightsFile]:
@@ -100,15 +98,14 @@ class ModelFiles:
     def _encoder_files(self) -> list[WeightsFile]:
         """Of the text encoder with its tokenizer, of CLIP and of the VAE."""
         files = []
-        if not self.is_seeded("text_encoder_path", text_encoder.PLACE):
+        if not self.are_tiny:
             files.append(self._part_file("umT5", "text_encoder_path", text_encoder.PLACE, self._check_text_encoder))
             tokenizer = self._tokenizer_file(files[-1].path)
             read = partial(check_tokenizer, tokenizer)
             files.append(WeightsFile("tokenizer", "--tokenizer_path", tokenizer, self.base["name"], read=read))
-        sees = self.transformer_config.image_dim is not None
-        if sees and not self.is_seeded("image_encoder_path", image_encoder.PLACE):
+        if not self.are_tiny and self.transformer_config.image_dim is not None:
             files.append(self._part_file("CLIP", "image_encoder_path", image_encoder.PLACE, self._check_image_encoder))
-        if not self.is_seeded("vae_path", vae.PLACE):
+        if not self.has_seeded_vae:
             files.append(self._part_file("VAE", "vae_path", vae.PLACE, self._check_vae, self.encodes_pictures))
         return files
 

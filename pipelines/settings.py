@@ -21,6 +21,7 @@ from pipelines.flags import (
     names_of,
     setting,
 )
+from pipelines.trained import trained_on
 
 PROJECT = Path(__file__).parent.parent
 LARGEST_SEED = 2**63 - 1
@@ -301,10 +302,11 @@ class Settings(Photos, Guidance, StandIn, WanSettings):
 
 
 def is_tiny(settings: WanSettings, config: dict) -> bool:
-    """Whether the model is the config's own, made from a seed: no files of another base are named."""
-    return bool(config.get("tiny")) and all(
-        getattr(settings, name) is None for name in names_of(type(settings), path=BASE)
-    )
+    """Whether the model is the config's own, made from a seed: no files of another base are named. One that was trained
+    on the tiny model is of it, and goes with what is made from its seed.
+    """
+    paths = [getattr(settings, name) for name in names_of(type(settings), path=BASE)]
+    return bool(config.get("tiny")) and all(path is None or trained_on(path) == config["name"] for path in paths)
 
 
 def recorded(settings: object) -> dict:

@@ -19,7 +19,7 @@ from pipelines import tiny
 from pipelines.conditions import image_to_video
 from pipelines.networks import shape_of
 from pipelines.parts import Part, Reading, meta_transformer
-from pipelines.settings import Settings
+from pipelines.settings import Settings, is_tiny
 from pipelines.wan import Wan
 from pipelines.weights import EXPERTS, WeightsFile, found_or
 
@@ -28,7 +28,7 @@ def stand_in_parts(settings: Settings, config: dict) -> list[Part]:
     """The identity of the photos that the settings give to Stand-In; nothing without photos."""
     if not settings.stand_in_photos:
         return []
-    if config.get("tiny") and settings.stand_in_path is None:
+    if is_tiny(settings, config) and settings.stand_in_path is None:
         return [Part("stand_in", (), partial(_load_tiny, config), encodes=True)]
     place = Path(settings.stand_in_path or Path("checkpoints") / config.get("dest", ""))
     experts = len(config.get("experts") or (None,))

@@ -282,7 +282,7 @@ def test_a_repository_cannot_name_files_elsewhere(here, monkeypatch):
     ("script", "flags", "words"),
     [
         ("infer.py", ["--config", "wan2.1-t2v-14b"], "wan2.1-t2v-14b: no such config; did you mean wan2.1-t2v-14B?"),
-        ("infer.py", ["--vae_path", "/nope"], "--vae_path /nope: tiny is made from a seed and reads no files"),
+        ("infer.py", ["--tokenizer_path", "/nope"], "--tokenizer_path /nope: tiny is made from a seed"),
         ("infer_audio_avatar.py", ["--pretrained_wav2vec_path", "/nope"], "tiny-avatar is made from a seed"),
         ("infer.py", ["--timesteps", "100", "900"], "--timesteps 100 900: they have to fall"),
         ("infer.py", ["--solver", "unipcc"], "euler, euler-flow, unipc, dpm++; did you mean unipc?"),

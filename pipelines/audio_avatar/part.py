@@ -33,13 +33,13 @@ AUDIO_ENCODER = "wav2vec2-base-960h"  # its config
 
 def audio_adapter_part(settings: AvatarSettings, config: dict) -> Part:
     """The adapter and its transformer, from --transformer_path or the released file for this size."""
-    if is_tiny(settings, config):
+    if is_tiny(settings, config) and settings.transformer_path is None:
         return Part("audio_adapter", (), partial(_load_tiny, config), adapter_of)
     path = transformer_path(settings, config)
     load_both = partial(load_audio_avatar, path, expect=shape_of(config))
     read = partial(load_both, device="meta")
     files = [WeightsFile("transformer", "--transformer_path", path, config["name"], read=read)]
-    if not has_seeded_encoder(settings, config):
+    if not is_tiny(settings, config):
         encoder = audio_encoder_path(settings)
         read = partial(load_audio_encoder, encoder, device="meta")
         files.append(WeightsFile("wav2vec2", "--pretrained_wav2vec_path", encoder, AUDIO_ENCODER, read=read))
@@ -59,11 +59,6 @@ def transformer_path(settings: AvatarSettings, config: dict) -> Path:
 
 def audio_encoder_path(settings: AvatarSettings) -> Path:
     return Path(settings.pretrained_wav2vec_path or part_path(load_config(AUDIO_ENCODER), "audio_encoder"))
-
-
-def has_seeded_encoder(settings: AvatarSettings, config: dict) -> bool:
-    """Whether a tiny model hears by an encoder of its own."""
-    return bool(config.get("tiny")) and settings.pretrained_wav2vec_path is None
 
 
 def adapter_of(shape: WanConfig) -> AudioAdapter:
@@ -111,6 +106,6 @@ def encode_sounds(wan: Wan, samples: numpy.ndarray, ranges: Sequence[tuple[int, 
 
 
 def _load_audio_encoder(wan: Wan) -> AudioEncoder:
-    if has_seeded_encoder(wan.settings, wan.config):
+    if is_tiny(wan.settings, wan.config):
         return tiny.tiny_audio_encoder(wan.config)
     return load_audio_encoder(audio_encoder_path(wan.settings), hint=download_command(load_config(AUDIO_ENCODER)))

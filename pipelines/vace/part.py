@@ -7,8 +7,8 @@ from pathlib import Path
 
 from configs import download_command, load_config
 from errors import WeightsError
-from models.vace import VaceBranch, load_vace, load_vace_branch, split_vace
-from models.wan.checkpoint import original_names, read_tensors, weight_files
+from models.vace import VaceBranch, load_vace, load_vace_branch
+from models.wan.checkpoint import weight_files
 from models.wan.config import WanConfig
 from models.wan.transformer import WanTransformer
 from pipelines import tiny
@@ -25,8 +25,6 @@ def vace_part(settings: VaceSettings, config: dict) -> Part:
     release = config if "vace" in config else load_config("wan2.1-vace-14B")
     build = partial(branch_of, release["vace"]["vace_layers"])
     if is_tiny(settings, config):
-        return Part("vace", (), partial(_load_tiny, config), build, encodes=True)
-    if config.get("tiny") and settings.base_path is None and holds_branch_alone(settings.vace_path):
         return vace_branch_part(settings, config)
     path = Path(settings.vace_path or Path("checkpoints") / release.get("dest", ""))
     load_both = partial(
@@ -49,19 +47,9 @@ def vace_part(settings: VaceSettings, config: dict) -> Part:
     return Part("vace", files, build=build, load_both=read_both, release=release, folder=folder, encodes=True)
 
 
-def holds_branch_alone(path: str) -> bool:
-    """Whether a file or folder has no base transformer beside the branch; False where it cannot be read, which the
-    check of the files will say.
-    """
-    with contextlib.suppress(WeightsError):
-        base, branch = split_vace(original_names(read_tensors(path)))
-        return bool(branch) and not base
-    return False
-
-
 def vace_branch_part(settings: VaceControl, config: dict) -> Part:
     """The branch alone, from --vace_path, for whatever transformer the config has."""
-    if is_tiny(settings, config):
+    if is_tiny(settings, config) and settings.vace_path is None:
         return Part("vace", (), partial(_load_tiny, config), lambda shape: tiny.tiny_vace(config), encodes=True)
     load_branch = partial(load_vace_branch, settings.vace_path)
 
