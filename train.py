@@ -3,6 +3,7 @@
     python train.py --config tiny-base --set data.sources='[{path: data/people}]'      a first try, on a CPU in seconds
     python train.py --config configs/train/tiny-stand_in.yaml --dry_run                what it will take, and stop
     torchrun --nproc_per_node 8 train.py --config my.yaml                              eight processes, the same result
+    accelerate launch --multi_gpu --num_processes 8 train.py --config my.yaml          the same
 
 The same command goes on from the last checkpoint, to the bits of a run that was never stopped. Ctrl-C and SIGTERM save
 first. In the folder `output`: config.yaml, losses.jsonl, validation.jsonl, step-N/, and export/ with what the scripts
@@ -20,6 +21,7 @@ from pipelines.flags import Parser
 from training.config import read_config, resolved_yaml
 from training.config_file import files_of
 from training.config_recipes import RECIPES
+from training.launcher import check_launcher
 
 logger = logging.getLogger("selfsame")
 
@@ -42,6 +44,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     if args.config is None:
         raise UsageError(f"--config: give a YAML file, or one of {', '.join(files_of(args.recipe))}")
     # What can be refused without torch is refused before it is imported.
+    check_launcher(os.environ)
     config = read_config(args.config, args.set, args.recipe)
     if args.dry_run:
         from training.data import read_samples

@@ -199,6 +199,8 @@ def report(config: Config, data: TrainingSet) -> None:
         buckets[str(sample.bucket)] = buckets.get(str(sample.bucket), 0) + data.repeats[sample.source]
     shown = ", ".join(f"{count} of {bucket}" for bucket, count in sorted(buckets.items()))
     logger.info("samples: %s; %d are held out, %d skipped", shown, len(data.held_out), len(data.skipped))
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        logger.info("in %d processes, %d forward passes each for a step", ranks, config.accumulation(ranks))
     if not data.held_out:
         logger.warning("no sample is held out: there will be no held-out loss (data.holdout %g)", config.data.holdout)
 
