@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks of the script that it starts, by its environment. Wishes that train.py does not heed are
+"""What `accelerate launch` asks of the script that it starts, by its environment. A wish that train.py does not heed is
 refused: the run would be another than the one that was asked for. Without torch.
 """
 
