@@ -6,6 +6,7 @@ run = Run(config, partial(denoising_step, recipe, trainee), …, *optimizer_of(c
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -113,8 +114,17 @@ def load_trainee(config: Config, device: torch.device) -> Trainee:
         WeightsError: files that are missing or of another model.
         UsageError: fp8 for weights that are all trained; LoRA targets that do not exist.
     """
-    base = load_config(config.model.config)
-    transformer, adapters = load_networks(config, base)
+    return make_trainee(config, *load_networks(config, load_config(config.model.config)), device)
+
+
+def make_trainee(
+    config: Config, transformer: WanTransformer, adapters: Mapping[str, torch.nn.Module], device: torch.device
+) -> Trainee:
+    """The networks with the run's LoRA, with what trains selected, and with its way of keeping what backward needs.
+
+    Raises:
+        UsageError: LoRA targets that do not exist.
+    """
     if config.train.trainable == "lora":
         shape, before = config.train.lora, None
         if config.model.init_from is not None and config.avatar is None:
