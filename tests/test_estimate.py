@@ -99,7 +99,8 @@ def test_every_shipped_configuration_can_be_estimated(file):
     height, width = config.data.sizes[0]
     tokens = tokens_of(Bucket(height, width, max(config.data.frames)), shape_of(load_config(config.model.config)))
     assert 0 < counts.trained <= counts.transformer + counts.adapters + counts.lora
-    assert sum(memory_parts(config, counts, tokens).values()) < 141e9  # an H200, with nothing offloaded
+    ranks = 8 if config.memory.sharding == "zero2" else 1
+    assert sum(memory_parts(config, counts, tokens, ranks).values()) < 141e9  # an H200, or eight
 
 
 def test_memory_of_a_lora_of_14b(tmp_path):
@@ -116,3 +117,14 @@ def test_memory_of_a_lora_of_14b(tmp_path):
     assert parts["one block"] / 1e9 == pytest.approx(15.4, rel=0.02)
     eight = config_of(tmp_path, "base", "model.config=wan2.1-t2v-14B", "train.lora.rank=128", "optim.name=adamw8bit")
     assert memory_parts(eight, counts, 32760)["training"] == counts.trained * 10
+
+
+def test_sharding_shares_out_what_the_optimizer_has():
+    """14B in full with AdamW: 16 bytes a weight of masters, gradients and moments, and 2 of the model's gradients in
+    bfloat16. ZeRO-2 leaves 4 of these 18 on eight processes, and all on one.
+    """
+    sets = ["train.trainable=full", "train.lora=null"]
+    config, sharded = (read_config("base-14b", [*sets, f"memory.sharding={kind}"]) for kind in ("none", "zero2"))
+    counts = count_parameters(config)
+    state = [memory_parts(each, counts, 32760, ranks)["training"] for each in (config, sharded) for ranks in (1, 8)]
+    assert [round(size / counts.trained, 2) for size in state] == [18, 18, 18, 4]

@@ -19,6 +19,7 @@ from training.optimizers import (
     parameter_groups,
     set_learning_rate,
 )
+from training.sharding import load_state, owners, state_of
 
 OWN = [name for name, package in OPTIMIZERS.items() if package is None]
 
@@ -153,7 +154,7 @@ def test_what_is_frozen_has_no_master_and_what_is_unused_gets_zero():
     model[0].requires_grad_(False)
     masters = Masters(model.named_parameters())
     assert set(masters.values) == {"2.weight", "2.bias"}
-    masters.fill_missing()
+    masters.finish()
     assert all((value.grad == 0).all() for value in masters.values.values())
 
 
@@ -224,3 +225,44 @@ def test_gradient_limits():
     assert tightened_limit(0.05, 0.3, 2000, 1000) == pytest.approx(0.05 / 6)
     assert tightened_limit(0.05, 50.0, 2000, 1000) == pytest.approx(0.005)
     assert tightened_limit(0.05, 50.0, 1000, 1000) == 0.05
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_state_is_read_by_others_of_the_same_tensors(name):
+    """What two owners saved goes to one, and back; by the tensors' names, whatever their order."""
+    torch.manual_seed(0)
+    shapes = {"a.blocks.0.q": (4, 4), "a.head.head": (2, 4), "a.bias": (4,), "a.blocks.1.conv": (4, 2, 1, 3, 3)}
+    values = {key: nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
+
+    def made(keys) -> torch.optim.Optimizer:
+        return make_optimizer(name, parameter_groups({key: values[key] for key in keys}, 1e-2, 0.01))
+
+    def moments(*optimizers) -> dict:
+        entries = [entry for each in optimizers for entry in state_of(each, values)]
+        return {entry["names"][i]: state for entry in entries for i, state in entry["state"]["state"].items()}
+
+    one = made(values)
+    for value in values.values():
+        value.grad = torch.randn_like(value)
+    one.step()
+    two = [made(["a.blocks.1.conv", "a.bias"]), made(["a.head.head", "a.blocks.0.q"])]
+    for each in two:
+        load_state(each, values, [state_of(one, values)])
+    again = made(reversed(values))
+    load_state(again, values, [state_of(each, values) for each in two])
+    expected = moments(one)
+    assert expected.keys() == values.keys()
+    for found in (moments(*two), moments(again)):
+        assert found.keys() == expected.keys()
+        for key, state in expected.items():
+            assert all(torch.equal(torch.as_tensor(found[key][kind]), torch.as_tensor(v)) for kind, v in state.items())
+
+
+def test_tensors_are_shared_out_evenly_and_alike_everywhere():
+    sizes = {f"t{i}": size for i, size in enumerate([100, 1, 60, 50, 40, 30, 2])}
+    found = owners(sizes, 3)
+    held = [sum(sizes[name] for name, rank in found.items() if rank == each) for each in range(3)]
+    assert list(found) == list(sizes) and sum(held) == sum(sizes.values()) and max(held) == 100
+    assert owners(dict(reversed(sizes.items())), 3) == found
+    with pytest.raises(UsageError, match="2 tensors are trained, in 3 processes"):
+        owners({"a": 1, "b": 1}, 3)

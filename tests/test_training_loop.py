@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tests.training_run import make_run
 from training import checkpoint, log, loop
 from training.checkpoint import latest_checkpoint
 from training.draws import Draws
-from training.loop import Run, train
+from training.loop import Run, tensors_in, train
 
 PROJECT = Path(__file__).parent.parent
 
@@ -25,12 +26,15 @@ PROJECT = Path(__file__).parent.parent
 def state_of(output: Path, step: int = 6) -> dict:
     """All that a checkpoint holds, and the log."""
     folder = output / f"step-{step:06d}"
-    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    saved = [torch.load(file, weights_only=True) for file in sorted(folder.glob("optimizer*.pt"))]
+    moments = {
+        part["names"][i]: moments for each in saved for part in each for i, moments in part["state"]["state"].items()
+    }
     state = {
-        **load_file(folder / "weights.safetensors"),
-        **{f"ema.{name}": mean for name, mean in load_file(folder / "ema.safetensors").items()},
+        **tensors_in(folder, "weights"),
+        **{f"ema.{name}": mean for name, mean in tensors_in(folder, "ema").items()},
         **{f"bank.{file.name}": load_file(file)["error"] for file in folder.glob("bank/*.safetensors")},
-        **{f"{i}.{k}": v for i, moments in optimizer["state"].items() for k, v in moments.items()},
+        **{f"{name}.{kind}": value for name, of_one in sorted(moments.items()) for kind, value in of_one.items()},
     }
     state["bank.json"] = (folder / "bank" / "bank.json").read_text()
     state["losses"] = (output / "losses.jsonl").read_text()
@@ -138,11 +142,10 @@ def test_one_forward_pass_of_four_is_four_of_one(tmp_path, unbroken):
     assert_near(state_of(tmp_path), unbroken)
 
 
-def test_two_processes_are_one_and_one_goes_on_from_two(tmp_path, unbroken):
-    """Two processes to step 4, and one process from there."""
+def in_two_processes(output: Path, *sets: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, "tests/training_run.py", str(tmp_path), "train.steps=4", "optim.schedule=constant"],
+        [*command, "tests/training_run.py", str(output), *sets],
         cwd=PROJECT,
         env=os.environ | {"PYTHONPATH": str(PROJECT)},
         capture_output=True,
@@ -151,9 +154,35 @@ def test_two_processes_are_one_and_one_goes_on_from_two(tmp_path, unbroken):
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero2"])
+def test_two_processes_are_one_and_one_goes_on_from_two(tmp_path, unbroken, sharding):
+    """Two processes to step 4, and one process from there."""
+    in_two_processes(tmp_path, "train.steps=4", "optim.schedule=constant", f"memory.sharding={sharding}")
     assert latest_checkpoint(tmp_path).step == 4
+    files = {file.name for file in (tmp_path / "step-000004").glob("*.*")}
+    if sharding == "zero2":
+        sizes = [load_file(tmp_path / "step-000004" / f"weights-{rank}.safetensors") for rank in range(2)]
+        assert not sizes[0].keys() & sizes[1].keys()
+        counts = [sum(value.numel() for value in each.values()) for each in sizes]
+        assert max(counts) < 0.6 * sum(counts)
+    else:
+        assert {"weights.safetensors", "optimizer.pt", "ema.safetensors"} <= files
     train(make_run(tmp_path))
     assert_near(state_of(tmp_path), unbroken)
+
+
+def test_sharded_processes_go_on_from_one_and_to_the_same_bits_from_themselves(tmp_path, unbroken):
+    """One process to step 2, two to step 4, where they are ended and begin again, two to the end."""
+    sharded = ("memory.sharding=zero2", "optim.schedule=constant")
+    train(make_run(tmp_path / "a", "train.steps=2"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    in_two_processes(tmp_path / "a", *sharded, "train.steps=6")
+    in_two_processes(tmp_path / "b", *sharded, "train.steps=4")
+    in_two_processes(tmp_path / "b", *sharded, "train.steps=6")
+    assert_same(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
+    assert_near(state_of(tmp_path / "a"), unbroken)
 
 
 def test_the_mean_is_what_is_tried_and_training_goes_on_as_it_was(tmp_path, unbroken, caplog, monkeypatch):

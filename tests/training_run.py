@@ -20,6 +20,7 @@ from training.optimizers import Masters, make_optimizer, parameter_groups
 from training.recipes.base import Batch, denoising_step
 from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.sampler import Bucket, Order, micro_batches
+from training.sharding import ShardedMasters
 from training.trainee import Trainee, add_lora, select_trained
 
 SAMPLES, TEXT_DIM = 7, tiny.CONFIG["transformer"]["text_dim"]
@@ -60,7 +61,8 @@ def make_run(output: Path, *sets: str) -> Run:
     trainee = Trainee(model)
     recipe = ErrorRecyclingRecipe(noise_error=settings.p.noise, grids=settings.grids, clean=settings.p.clean)
     select_trained(trainee, lambda name: recipe.trains(name, "lora"))
-    masters = Masters(trainee.named_parameters())
+    sharded = config.memory.sharding == "zero2" and dist.is_initialized()
+    masters = (ShardedMasters if sharded else Masters)(trainee.named_parameters())
     groups = parameter_groups(masters.values, config.optim.lr, config.optim.weight_decay)
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     order = Order({BUCKET: range(SAMPLES)}, config.train.global_batch, config.seed)

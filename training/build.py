@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 
 from configs import download_command, load_config, part_path
@@ -36,6 +37,7 @@ from training.recipes.error_recycling import ErrorRecyclingRecipe
 from training.recipes.stand_in import StandInRecipe
 from training.recipes.vace import VaceRecipe, new_branch
 from training.recipes.vae import VaeRecipe, VaeTrainee, load_lpips
+from training.sharding import ShardedMasters
 from training.trainee import TrainableStandIn, Trainee, add_lora, copy_lora, select_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # that the network computes in
@@ -290,15 +292,16 @@ def load_vae_trainee(config: Config, device: torch.device) -> VaeTrainee:
 # ------------------------------------------------------------------------------------------------ optimiser, bank
 
 
-def optimizer_of(config: Config, trainee: torch.nn.Module) -> tuple[Masters, torch.optim.Optimizer]:
+def optimizer_of(config: Config, trainee: torch.nn.Module) -> tuple[Masters | ShardedMasters, torch.optim.Optimizer]:
     """The float32 masters of what is trained, and what moves them.
 
     Raises:
         UsageError: a package that is not installed; a group without parameters.
     """
     optim = config.optim
-    masters = Masters(trainee.named_parameters())
-    groups = parameter_groups(masters.values, optim.lr, optim.weight_decay, optim.groups)
+    sharded = config.memory.sharding == "zero2" and dist.is_initialized() and dist.get_world_size() > 1
+    masters = (ShardedMasters if sharded else Masters)(trainee.named_parameters())
+    groups = parameter_groups(masters.values, optim.lr, optim.weight_decay, optim.groups, masters.parameters)
     options = {"betas": optim.betas, "eps": optim.eps} if optim.betas is not None else {}
     return masters, make_optimizer(optim.name, groups, warmup=optim.warmup, **options)
 

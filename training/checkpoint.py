@@ -2,7 +2,7 @@
 
     runs/x/step-000500/weights.safetensors      float32 masters of what is trained
                        optimizer.pt             its state
-                       ema.safetensors, bank/   where the run has them
+                       ema.safetensors, bank/   where the run has them; with memory.sharding, weights-0, weights-1, …
                        manifest.json            step, sizes and checksums of the files, what the run was made of
 
 A folder without a manifest does not count. A run goes on only with what it was made of: configuration, data, base.
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 # What may differ between a run and the one it goes on from: how long, how often, and how the work is done.
 MAY_CHANGE = (
     *("output", "train.steps", "train.micro_batch", "save.*", "validate.*", "log.*"),
-    *("memory.checkpointing", "memory.offload", "memory.compile"),
+    *("memory.checkpointing", "memory.offload", "memory.compile", "memory.sharding"),
     *("data.workers", "data.prefetch", "data.bad", "data.cache"),
 )
 # Files that are not read back to be summed: the bank's entries, which its own manifest has the checksums of.

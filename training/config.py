@@ -173,6 +173,9 @@ class Memory:
         "what waits in the machine's memory", "none", choices=("none", "checkpoints", "blocks"),
         only={"recipe": DENOISING},
     )  # fmt: skip
+    sharding: str = option(
+        "zero2: masters, gradients and moments are shared out over the processes", "none", choices=("none", "zero2")
+    )
     store_bf16: bool = option("what checkpointing keeps, in bfloat16", False, only={"recipe": DENOISING})
     compile: bool = option("compile the blocks", False, only={"recipe": DENOISING})
 

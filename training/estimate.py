@@ -168,15 +168,18 @@ def flop_of(config: Config) -> Callable[[Batch], int]:
     return count
 
 
-def memory_parts(config: Config, counts: Counts, tokens: int) -> dict[str, int]:
-    """Bytes on the device of one process, part by part."""
+def memory_parts(config: Config, counts: Counts, tokens: int, ranks: int = 1) -> dict[str, int]:
+    """Bytes on the device of one process of `ranks`, part by part."""
     shape, train = shape_of(load_config(config.model.config)), config.train
     per_weight = {"fp32": 4, "bf16": 2, "fp8": 1}[config.model.base_dtype]
     is_full = train.trainable == "full"
     stored = counts.transformer + counts.adapters
     # A float32 master and its gradient; where the model's own is bfloat16, its copy is among the weights.
     moments = MOMENTS[config.optim.name] * PER_MOMENT.get(config.optim.name, 4)
-    state = counts.trained * (8 + moments) + (counts.trained * 2 if is_full and per_weight == 2 else 0)
+    # Each process keeps its share of them, but has all gradients for a moment, and float32 parameters for good.
+    shares = ranks if config.memory.sharding == "zero2" else 1
+    whole = 2 if is_full and per_weight == 2 else 8 if shares > 1 else 0
+    state = counts.trained * (8 + moments) // shares + counts.trained * whole
     samples, layers = train.micro_batch, shape.num_layers
     block = int(BLOCK_ACTIVATIONS * samples * tokens * (60 * shape.dim + 4 * shape.ffn_dim))
     values, memory = samples * layers * tokens * shape.dim, config.memory
@@ -210,7 +213,7 @@ def estimate(config: Config, data: TrainingSet, ranks: int = 1) -> list[str]:
             f"{step / 1e15:.4g} PFLOP, {needed / 1e15:.4g} with what is computed "
             f"twice; {needed / ranks / CEILING:.3g} s or more on {ranks} H100{'s' if ranks > 1 else ''}"
         )
-    parts = memory_parts(config, counts, tokens_of(buckets[0], shape))
+    parts = memory_parts(config, counts, tokens_of(buckets[0], shape), ranks)
     shown = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
     lines.append(f"device memory  about {readable_bytes(sum(parts.values()))} a process: {shown}")
     lines.append(f"cache          {readable_bytes(cache_bytes(config, data))} on disk")

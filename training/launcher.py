@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 
 from errors import UsageError
 
+SHARDED = "--multi_gpu, and --set memory.sharding=zero2: it shards as ZeRO stage 2 does"
 NO = ("", "no", "No", "NO", "0", "false", "False")
 
 # variable -> (whether its value is a wish that is not heeded, what the flag is, what to give in its place)
 WISHES: Mapping[str, tuple[Callable[[str], bool], str, str]] = {
-    "ACCELERATE_USE_FSDP": (lambda value: value not in NO, "--use_fsdp", "--multi_gpu"),
-    "ACCELERATE_USE_DEEPSPEED": (lambda value: value not in NO, "--use_deepspeed", "--multi_gpu"),
+    "ACCELERATE_USE_FSDP": (lambda value: value not in NO, "--use_fsdp", SHARDED),
+    "ACCELERATE_USE_DEEPSPEED": (lambda value: value not in NO, "--use_deepspeed", SHARDED),
     "ACCELERATE_USE_MEGATRON_LM": (lambda value: value not in NO, "--use_megatron_lm", "--multi_gpu"),
     "ACCELERATE_USE_CPU": (lambda value: value not in NO, "--cpu", "CUDA_VISIBLE_DEVICES= before the command"),
     "ACCELERATE_MIXED_PRECISION": (

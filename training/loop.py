@@ -31,10 +31,10 @@ from training.gradient_limit import gradient_limit, tightened_limit
 from training.log import Logger, News
 from training.optimizers import Masters, averaged, learning_rate, set_learning_rate
 from training.recipes.base import Batch
+from training.sharding import ShardedMasters, load_state, state_of
 
 logger = logging.getLogger("selfsame")
 
-REDUCED_AT_ONCE = 2**26  # numbers of one all-reduce
 
 # (batch, draws, view of the bank) -> losses (B,) of the recipe, and the errors for the bank.
 Forward = Callable[[Batch, Draws, BankView | None], tuple[Tensor, list[RecycledError]]]
@@ -59,7 +59,7 @@ class Run:
     config: Config
     forward: Forward
     batches: Callable[[int], Iterable[Batch]]
-    masters: Masters
+    masters: Masters | ShardedMasters
     optimizer: torch.optim.Optimizer
     about: Mapping[str, object]
     bank: ErrorBank | None = None
@@ -154,10 +154,8 @@ def train_step(run: Run) -> dict:
         losses |= zip(batch.positions, of_batch.tolist(), strict=True)
         errors += offered
 
-    run.masters.fill_missing()
-    values = list(run.masters.values.values())
-    sum_over_processes([value.grad for value in values])
-    norm = torch.nn.utils.get_total_norm([value.grad for value in values]).item()
+    run.masters.finish()
+    values, norm = list(run.masters.values.values()), run.masters.norm()
     limit = gradient_limit(step, train.clip.norm, train.clip.start_ratio, train.clip.until)
     if train.clip.abnormal:
         limit = tightened_limit(limit, norm, step, train.clip.until)
@@ -220,21 +218,6 @@ def insert_errors(run: Run, errors: list[RecycledError], step: int) -> None:
 # -------------------------------------------------------------------------------------------- several processes
 
 
-def sum_over_processes(gradients: list[Tensor]) -> None:
-    """Add up all processes' gradients, in place; in float32 and in pieces of one size, whatever the parameters'."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    piece: list[Tensor] = []
-    for number, gradient in enumerate(gradients):
-        piece.append(gradient)
-        if sum(each.numel() for each in piece) >= REDUCED_AT_ONCE or number == len(gradients) - 1:
-            flat = torch.cat([each.flatten() for each in piece])
-            dist.all_reduce(flat)
-            for each, summed in zip(piece, flat.split([each.numel() for each in piece]), strict=True):
-                each.copy_(summed.view_as(each))
-            piece = []
-
-
 def losses_of_all(own: Mapping[int, float], global_batch: int, device: torch.device) -> list[float]:
     """The losses of the global batch, by position."""
     losses = torch.zeros(global_batch, dtype=torch.float32, device=device)
@@ -271,14 +254,13 @@ def save(run: Run) -> None:
     """Write a checkpoint of the present state."""
 
     def write(folder: Path) -> None:
-        if run.rank == 0:
-            save_file(
-                {name: value.detach().contiguous() for name, value in run.masters.values.items()},
-                folder / "weights.safetensors",
-            )
-            torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
+        masters, suffix = run.masters, run.masters.suffix
+        if run.rank == 0 or suffix:
+            weights = {name: value.detach().contiguous() for name, value in masters.values.items()}
+            save_file(weights, folder / f"weights{suffix}.safetensors")
+            torch.save(state_of(run.optimizer, masters.values), folder / f"optimizer{suffix}.pt")
             if run.ema is not None:
-                save_file(run.ema.mean, folder / "ema.safetensors")
+                save_file(run.ema.mean, folder / f"ema{suffix}.safetensors")
         if run.bank is not None and (run.rank == 0 or run.config.error_recycling.scope == "per_rank"):
             run.bank.save(folder / bank_folder(run))
 
@@ -306,17 +288,23 @@ def resume(run: Run) -> None:
     if checkpoint is None:
         return
     check_same(checkpoint, run.about)
-    run.masters.load(load_file(checkpoint.folder / "weights.safetensors"))
-    run.optimizer.load_state_dict(
-        torch.load(checkpoint.folder / "optimizer.pt", map_location=run.device, weights_only=True)
-    )
+    run.masters.load(tensors_in(checkpoint.folder, "weights"))
+    states = sorted(checkpoint.folder.glob("optimizer*.pt"))
+    saved = [torch.load(file, map_location=run.device, weights_only=True) for file in states]
+    load_state(run.optimizer, run.masters.values, saved)
     if run.ema is not None:
-        run.ema.load(load_file(checkpoint.folder / "ema.safetensors"))
+        run.ema.load(tensors_in(checkpoint.folder, "ema"))
     if run.bank is not None:
         run.bank.restore(checkpoint.folder / bank_folder(run))
     wait()
     run.step, run.skipped = checkpoint.step, checkpoint.manifest["skipped"]
     logger.info("going on after step %d, from %s", run.step, checkpoint.folder)
+
+
+def tensors_in(folder: Path, name: str) -> dict[str, Tensor]:
+    """Of all files of that name, one or as many as there were processes."""
+    files = sorted(folder.glob(f"{name}*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 class LossesLog:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
@@ -23,6 +24,7 @@ OPTIMIZERS = {
     "schedulefree": ("schedulefree", "schedulefree", "AdamWScheduleFree"),
 }
 SCHEDULES = ("constant", "cosine", "linear")
+REDUCED_AT_ONCE = 2**26  # numbers of one all-reduce
 
 
 class Masters:
@@ -45,11 +47,20 @@ class Masters:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
-    def fill_missing(self) -> None:
-        """Give a zero gradient to what took no part in a step, so that all processes reduce the same list."""
+    suffix = ""  # of the files in a checkpoint: one process writes them for all
+
+    def finish(self) -> None:
+        """After the last backward pass of a step: add up all processes' gradients. What took no part in it has zero, so
+        that all processes reduce the same list.
+        """
         for master in self.values.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        sum_over_processes([value.grad for value in self.values.values()])
+
+    def norm(self) -> float:
+        """Of the gradient of all tensors."""
+        return torch.nn.utils.get_total_norm([value.grad for value in self.values.values()]).item()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -68,6 +79,21 @@ class Masters:
         for name, master in self.values.items():
             master.copy_(tensors[name])
         self.publish()
+
+
+def sum_over_processes(gradients: list[Tensor]) -> None:
+    """Add up all processes' gradients, in place; in float32 and in pieces of one size, whatever the parameters'."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    piece: list[Tensor] = []
+    for number, gradient in enumerate(gradients):
+        piece.append(gradient)
+        if sum(each.numel() for each in piece) >= REDUCED_AT_ONCE or number == len(gradients) - 1:
+            flat = torch.cat([each.flatten() for each in piece])
+            dist.all_reduce(flat)
+            for each, summed in zip(piece, flat.split([each.numel() for each in piece]), strict=True):
+                each.copy_(summed.view_as(each))
+            piece = []
 
 
 def group_of(name: str) -> str:
@@ -94,19 +120,26 @@ def is_hidden(name: str, value: Tensor) -> bool:
 
 
 def parameter_groups(
-    masters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, multiples: Mapping[str, float] | None = None
+    masters: Mapping[str, nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    multiples: Mapping[str, float] | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[dict]:
     """Groups for an optimiser: by `group_of`, whose learning rate is a multiple of `lr`; vectors do not decay.
+
+    names: of all that is trained, where other processes have a part of it.
 
     Raises:
         UsageError: a multiple for a group that has no parameters here.
     """
     multiples = multiples or {}
+    groups = {group_of(name) for name in (masters if names is None else names)}
     found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, master in masters.items():
         found.setdefault((group_of(name), master.ndim > 1, is_hidden(name, master)), []).append(master)
-    if unknown := multiples.keys() - {name for name, *_ in found}:
-        present = ", ".join(sorted({name for name, *_ in found}))
+    if unknown := multiples.keys() - groups:
+        present = ", ".join(sorted(groups))
         raise UsageError(f"optim.groups: {min(unknown)!r} has no trained parameters here; there are {present}")
     return [
         {

@@ -68,11 +68,11 @@ def start(config: Config) -> list[Path]:
             run, trainee = make_run(config, data, batches, device, rank)
             write_resolved(config, run.rank)
             train(run)
+        about = {"recipe": config.recipe, "base": config.model.config, "steps": str(run.step), "seed": str(config.seed)}
+        with weights_to_use(run):  # in all processes, where each has a part of them
+            files = [] if run.rank else export(trainee, Path(config.output) / "export", about)
         if run.rank:
             return []
-        about = {"recipe": config.recipe, "base": config.model.config, "steps": str(run.step), "seed": str(config.seed)}
-        with weights_to_use(run):
-            files = export(trainee, Path(config.output) / "export", about)
         logger.info("trained: %s", ", ".join(map(str, files)))
         return files
 
@@ -84,7 +84,7 @@ def make_run(
     base, recipe = load_config(config.model.config), recipe_of(config)
     trainee = load_vae_trainee(config, device) if config.vae is not None else load_trainee(config, device)
     masters, optimizer = optimizer_of(config, trainee)
-    count = sum(value.numel() for value in masters.values.values())
+    count = sum(parameter.numel() for parameter in masters.parameters.values())
     logger.info("%s: %d parameters are trained (%s)", config.recipe, count, config.train.trainable)
     forward = forward_of(recipe, trainee)
     if config.memory.compile:
@@ -234,6 +234,8 @@ def refuse_unbuilt(config: Config) -> None:
             config.refuse(
                 f"memory.{name}", "nothing reads it where memory.checkpointing is none; give full or attention"
             )
+    if memory.sharding != "none" and config.optim.name == "prodigy":
+        config.refuse("memory.sharding", "prodigy finds its step size from all tensors at once; give none, or adamw")
     check_samples(config)
     if config.log.wandb is not None:
         import_wandb(config)
