@@ -309,7 +309,7 @@ def test_errors_of_clean_steps_are_seldom_kept():
     draw = Draws(0, 0, range(many), many)
     recipe = ErrorRecyclingRecipe(clean=0.5, clean_update=0.1)
     zeros = torch.zeros(many, 1, 1, 1, 1)
-    errors = recipe.errors(zeros + 2, zeros + 0.5, torch.full((many,), 0.25), draw)
+    errors = recipe.errors(zeros + 2, zeros + 0.5, torch.full((many,), 0.25), batch_of(), draw)
     assert abs(sum(e.kept for e in errors) / many - 0.55) < 5 * (0.55 * 0.45 / many) ** 0.5
     is_clean = (draw.uniform("clean") < 0.5).tolist()
     assert all(e.kept for e, clean in zip(errors, is_clean, strict=True) if not clean)

@@ -246,8 +246,11 @@ def test_files_that_the_model_would_not_read_are_refused(tmp_path):
     assert read_config("avatar-1.3b", ["model.pretrained_wav2vec_path=w"]).model.pretrained_wav2vec_path == "w"
 
 
-def test_svi_pro_is_refused_before_anything_is_read():
-    with pytest.raises(UsageError, match="variant pro: its authors published no training"):
+def test_pro_is_of_two_experts_and_has_defaults_of_its_own():
+    config = read_config("svi-pro-a14b-high")
+    assert (config.model.expert, config.error_recycling.image_frames) == ("high", 1)
+    assert config.error_recycling.p.motion == 0.75 and read_config("svi-film-14b").error_recycling.p.motion == 0.9
+    with pytest.raises(UsageError, match="variant pro: is of Wan2.2's two experts"):
         read_config("svi-shot-14b", ["error_recycling.variant=pro"])
 
 

@@ -23,7 +23,7 @@ from preprocess.audio import num_features, training_clip_samples
 from training.cache import Cache
 from training.clips import View, find_faces, read_frames, read_masks, read_poses, views
 from training.config import Config
-from training.data import Sample, TrainingSet
+from training.data import HANDED_OVER, Sample, TrainingSet
 from training.draws import Draws
 from training.encodings import pixels
 from training.identity import LEAST_ALIKE
@@ -82,6 +82,8 @@ class BatchMaker:
         std = latents["std"].float() if self.config.avatar is not None else None  # others train on the mean
         text = self.cache.read("text", view)["states"].float()
         mean, parts = latents["mean"].float(), self._parts(view, draw)
+        if "next_clip" in self.kinds:
+            mean = self._next_or_first(view, draw, mean, parts)
         if (control := parts.get("vace_context")) is not None:  # reference pictures are frames that are made, too
             mean = torch.cat((control[: len(mean), : control.shape[1] - mean.shape[1]], mean), dim=1)
         return Item(mean, std, text, parts)
@@ -115,6 +117,19 @@ class BatchMaker:
         if config.error_recycling is not None and config.error_recycling.variant == "dance":
             parts["pose"] = torch.from_numpy(read_poses(view)).float()
         return parts
+
+    def _next_or_first(self, view: View, draw: Draws, mean: Tensor, parts: Parts) -> Tensor:
+        """The latents of SVI 2.0 Pro's sample, a clip that goes on from another or a first one; and in `parts` its
+        condition, and which latent frames are to be made, 1, and which it is given, 0.
+        """
+        made = torch.ones(1, mean.shape[1], 1, 1)
+        made[:, :1] = 0
+        if draw.uniform("motion").item() < self.config.error_recycling.p.motion:
+            found = self.cache.read("next_clip", view)
+            mean, parts["condition"] = found["mean"].float(), found["y"].float()
+            made[:, : HANDED_OVER // 4 + 1] = 0
+        parts["made"] = made
+        return mean
 
     def _read(self, kind: str, view: View, name: str) -> Tensor:
         return self.cache.read(kind, view)[name].float()

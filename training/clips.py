@@ -12,7 +12,7 @@ what is encoded of them is found again. Source of how sound and masks are cut: S
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -55,7 +55,7 @@ class View:
 
 def views(sample: Sample, variants: int = 1, fit: str = "crop") -> list[View]:
     """The views of a sample: windows spread over its length, the first crop in the middle, further ones anywhere."""
-    room = sample.facts.num_frames - sample.bucket.frames + 1
+    room = sample.facts.num_frames - sample.bucket.frames - sample.further + 1
     found = []
     for variant in range(variants):
         numbers = hashlib.sha256(f"{sample.facts.content}/{variant}/{variants}".encode()).digest()
@@ -63,6 +63,12 @@ def views(sample: Sample, variants: int = 1, fit: str = "crop") -> list[View]:
         start = min(int((variant + in_time) / variants * room), room - 1)
         found.append(View(sample, start, tuple(place) if variant and fit == "crop" else (0.5, 0.5), fit))
     return found
+
+
+def with_next(view: View) -> View:
+    """The view and the frames after it that the next clip has."""
+    bucket = view.bucket._replace(frames=view.bucket.frames + view.sample.further)
+    return replace(view, sample=replace(view.sample, bucket=bucket, further=0))
 
 
 def read_frames(view: View) -> numpy.ndarray:

@@ -285,6 +285,8 @@ DEFAULTS: Defaults = (
         "data.fps": None, "data.text_drop": 0.0, "train.lora.rank": 128, "train.lora.alpha": 128,
     }),
     ({"error_recycling.variant": ("film",)}, {"error_recycling.p.clean": 0.5}),
+    # Pro's training is not published: one other implementation's shares of first and next clips, and one latent.
+    ({"error_recycling.variant": ("pro",)}, {"error_recycling.p.motion": 0.75, "error_recycling.image_frames": 1}),
     ({"error_recycling.variant": ("dance",)}, {
         "error_recycling.image_frames": 1, "data.resolutions": ("832x480",),
     }),
@@ -368,9 +370,6 @@ def check_together(config: Config) -> None:
         config.refuse("validate.metrics", "nothing reads it without validate.samples; give a prompt there")
     if config.validate.videos_every and not config.validate.samples:
         config.refuse("validate.videos_every", "nothing reads it without validate.samples; give a prompt there")
-    if config.error_recycling is not None and config.error_recycling.variant == "pro":
-        why = "its authors published no training, and what it learns from two clips is not known; give shot, film, …"
-        config.refuse("error_recycling.variant", why)
     check_model(config)
 
 
@@ -395,6 +394,9 @@ def check_model(config: Config) -> None:
     sees_pictures = shape.in_dim > shape.out_dim
     if config.recipe in ("avatar", "error_recycling") and not sees_pictures:
         config.refuse("model.config", f"recipe {config.recipe} trains image-to-video models, this one begins from text")
+    variant = config.error_recycling.variant if config.error_recycling is not None else None
+    if variant == "pro" and experts != 2:
+        config.refuse("error_recycling.variant", "is of Wan2.2's two experts; give model.config wan2.2-i2v-A14B")
     if config.recipe in ("stand_in", "vace") and sees_pictures:
         why = f"recipe {config.recipe} trains text-to-video models, this one begins from a picture"
         config.refuse("model.config", why)

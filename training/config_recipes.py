@@ -62,8 +62,8 @@ class Probabilities:
     video: float = option("how often to the video", 0.9, low=0, high=1)
     clean: float = option("how often to none", 0.2, low=0, high=1)
     motion: float = option(
-        "how often the motion frames are known, not the first alone", 0.9, low=0, high=1,
-        only={"error_recycling.variant": ("film",)},
+        "how often the motion frames are known, not the first alone; of pro, the clip before", 0.9, low=0, high=1,
+        only={"error_recycling.variant": ("film", "pro")},
     )  # fmt: skip
     condition_drop: float = option(
         "how often the sound, or the picture, is left out", 0.1, low=0, high=1,

@@ -34,6 +34,7 @@ logger = logging.getLogger("selfsame")
 
 CACHE = ".cache"  # within the first source
 INDEX = "index.json"
+HANDED_OVER = 5  # frames of SVI 2.0 Pro's clips that are the picture and the end of the clip before
 FPS_TOLERANCE = 0.005  # 23.976 and 24 a second are a thousandth apart; 24 and 25 four hundredths
 AUDIO = ("none", "any", "stereo")
 
@@ -51,6 +52,11 @@ class Wanted:
     pose: bool = False
     control: bool = False  # a control video, a mask or reference pictures
     references: int = 0  # how many reference pictures
+    goes_on: bool = False  # a clip, and the next one that goes on from it
+
+    def length(self, frames: int) -> int:
+        """Of a video that clips of so many frames are taken from. The next clip begins within the one before."""
+        return frames + frames - HANDED_OVER if self.goes_on else frames
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Sample:
     facts: Facts
     bucket: Bucket
     source: int  # which of the sources it is from
+    further: int = 0  # frames that are needed after those of the bucket
 
     @property
     def name(self) -> str:
@@ -136,6 +143,7 @@ def wanted_by(config: Config) -> Wanted:
         pose=recycling is not None and recycling.variant == "dance",
         control=config.vace is not None,
         references=config.vace.references if config.vace is not None else 0,
+        goes_on=recycling is not None and recycling.variant == "pro",
     )
 
 
@@ -152,7 +160,9 @@ def read_samples(config: Config) -> TrainingSet:
             if verdict.reasons:
                 skipped.append(verdict)
             else:
-                samples.append(Sample(verdict.listed, verdict.facts, bucket_of(verdict.facts, wanted), number))
+                bucket = bucket_of(verdict.facts, wanted)
+                further = wanted.length(bucket.frames) - bucket.frames
+                samples.append(Sample(verdict.listed, verdict.facts, bucket, number, further))
     if skipped and config.data.bad == "refuse":
         first = skipped[0]
         raise InputError(
@@ -197,7 +207,9 @@ def bucket_of(facts: Facts, wanted: Wanted) -> Bucket:
         shapes = facts.height * width, facts.width * height
         return max(shapes) / min(shapes), -height * width
 
-    return Bucket(*min(wanted.sizes, key=distance), max(n for n in wanted.frames if n <= facts.num_frames))
+    return Bucket(
+        *min(wanted.sizes, key=distance), max(n for n in wanted.frames if wanted.length(n) <= facts.num_frames)
+    )
 
 
 def is_enlarged(facts: Facts, bucket: Bucket) -> bool:
@@ -226,8 +238,8 @@ def reasons_against(listed: Listed, facts: Facts | None, wanted: Wanted) -> tupl
     if facts is None or facts.trouble:
         return (facts.trouble if facts else "damaged: it was not measured",)
     reasons = []
-    if facts.num_frames < min(wanted.frames):
-        reasons.append(f"too short: {facts.num_frames} frames, {min(wanted.frames)} are wanted")
+    if facts.num_frames < (least := wanted.length(min(wanted.frames))):
+        reasons.append(f"too short: {facts.num_frames} frames, {least} are wanted")
     if wanted.fps is not None and facts.fps == 0:
         reasons.append("unknown rate: pictures need sub_clip.mp4 or audio.wav beside them")
     elif wanted.fps is not None and abs(facts.fps / wanted.fps - 1) > FPS_TOLERANCE:

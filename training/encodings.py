@@ -17,12 +17,12 @@ from models.wan.image_encoder import ImageEncoder
 from models.wan.text_encoder import MAX_TOKENS, TextEncoder, clean_prompt
 from models.wan.vae import WanVAE
 from pipelines.conditions import latent_frames
-from pipelines.long_video.clip_conditions import frames_to_condition
+from pipelines.long_video.clip_conditions import frames_to_condition, latents_to_condition
 from pipelines.networks import shape_of
 from pipelines.vace.context import fit_reference, frames_to_video, mask_to_video, vace_context
 from preprocess.image import read_image
 from training.cache import Encoding
-from training.clips import View, find_faces, read_control, read_faces, read_frames, read_sound
+from training.clips import View, find_faces, read_control, read_faces, read_frames, read_sound, with_next
 from training.config import Config
 from training.layouts import find_references
 
@@ -159,6 +159,8 @@ def svi_conditions(config: Config, **size: object) -> list[Encoding]:
     """What SVI's variants are told of the clip before: y with one motion frame, and with all of them where the variant
     has more.
     """
+    if config.error_recycling.variant == "pro":
+        return [picture_alone(**size), next_clip(load_config("svi-2.0-pro")["svi"]["motion_latents"], **size)]
     svi = load_config(f"svi-{config.error_recycling.variant}")["svi"]
     found = [svi_condition("condition", 1, svi["padding"], svi["mask"], **size)]
     if svi["motion_frames"] > 1:
@@ -197,6 +199,57 @@ def svi_condition(
         return latent_numbers(view, channels + 4, factor)
 
     return Encoding(kind, "vae", decides, numbers, read, encode, dtype)
+
+
+def picture_alone(channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16) -> Encoding:
+    """y (4 + z, f, h, w) of SVI 2.0 Pro's first clip, which is given its first frame and nothing else."""
+
+    def read(view: View) -> tuple[Tensor, int]:
+        return pixels(read_frames(view)[:1]), latent_frames(view.bucket.frames)
+
+    def encode(vae: WanVAE, what: tuple[Tensor, int]) -> Mapping[str, Tensor]:
+        picture, frames = what
+        return {"y": latents_to_condition(vae.encode(picture), None, frames)[0]}
+
+    def numbers(view: View) -> int:
+        return latent_numbers(view, channels + 4, factor)
+
+    return Encoding("condition", "vae", lambda view: [*of_view(view), "pro"], numbers, read, encode, dtype)
+
+
+def next_clip(
+    motion_latents: int, channels: int = 16, factor: int = 8, dtype: torch.dtype = torch.bfloat16
+) -> Encoding:
+    """SVI 2.0 Pro's next clip: y (4 + z, f, h, w), and the latents (z, f, h, w) to be made. They are the picture's, the
+    last of the clip before, and those of the frames that follow, as one encoding of both clips has them, so that they
+    meet where the clips do. The picture is the first frame of the clip before, or any of it.
+    """
+
+    def read(view: View) -> tuple[Tensor, Tensor, int]:
+        both = whole_clip(with_next(view))
+        chosen = anchor_frame(view)
+        return both, both[:, :, chosen : chosen + 1], latent_frames(view.bucket.frames)
+
+    def encode(vae: WanVAE, what: tuple[Tensor, Tensor, int]) -> Mapping[str, Tensor]:
+        both, picture, frames = what
+        latents, anchor = vae.encode(both), vae.encode(picture)
+        end = latents[:, :, frames - motion_latents : frames]
+        condition = latents_to_condition(anchor, end, frames)
+        return {"y": condition[0], "mean": torch.cat((anchor, end, latents[:, :, frames:]), dim=2)[0]}
+
+    def decides(view: View) -> list:
+        return [*of_view(view), motion_latents, anchor_frame(view)]
+
+    def numbers(view: View) -> int:
+        return latent_numbers(view, 2 * channels + 4, factor)
+
+    return Encoding("next_clip", "vae", decides, numbers, read, encode, dtype)
+
+
+def anchor_frame(view: View) -> int:
+    """The first frame of the view in half of all cases, else any of it; always the same of a view."""
+    number = hashlib.sha256(f"{view.sample.facts.content}/{view.start}/anchor".encode()).digest()[0]
+    return 0 if number % 2 else reference_frame(view)
 
 
 def reference_frame(view: View) -> int:

@@ -79,7 +79,9 @@ class AvatarRecipe:
             losses = (1 - self.motion_loss) * losses + self.motion_loss * motion
         return losses * self.noise.weight(sigma)
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
         return []
 
 

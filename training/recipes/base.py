@@ -88,7 +88,9 @@ class Recipe(Protocol):
     def loss(self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws) -> Tensor:
         """(B,) float32, weighted."""
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
         """What the bank is offered."""
 
 
@@ -119,7 +121,7 @@ def denoising_step(
     target = end - clean  # from the clean latents, also where the mixed ones carry an error: the way back is learnt
     prediction = trainee(add_noise(start, end, sigma), timestep, conditions)
     losses = recipe.loss(prediction, target, sigma, batch, draw)
-    return losses, recipe.errors(prediction.detach(), target, sigma, draw)
+    return losses, recipe.errors(prediction.detach(), target, sigma, batch, draw)
 
 
 # ------------------------------------------------------------------------------------------- pieces of conditions
@@ -189,5 +191,7 @@ class BaseRecipe:
     def loss(self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws) -> Tensor:
         return mse(prediction, target, self.known_frames) * self.noise.weight(sigma)
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
         return []

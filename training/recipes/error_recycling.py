@@ -17,7 +17,7 @@ from models.wan.schedulers import get_schedule
 from training.draws import Draws
 from training.error_bank import BankView, RecycledError
 from training.error_recycling import error_buckets
-from training.losses import mse
+from training.losses import mse, per_sample, squared_error
 from training.noise import NoiseTable
 from training.recipes.base import Batch, Conditions, MakePlugin, prompt_of, without
 
@@ -33,11 +33,13 @@ class ErrorRecyclingRecipe:
         clip              (B, 257, D), CLIP features of the first frame; missing for Wan2.2
         audio             (B, T, S, C), hidden states of a video's sound (Talk)
         pose              (B, T, H, W, 3) in 0 to 255 (Dance)
+        made              (B, 1, F, 1, 1), 1 for latent frames that are to be made, 0 for those that are given (Pro)
 
     variant: shot, film, talk, dance or pro.
     noise_error, image_error, video_error: how often each error is put in, where the bank has one.
     clean: how often none is, whatever the others say; clean_update: how often such a step's error is kept.
-    motion: how often Film goes on from all its motion frames, and not from the first alone.
+    motion: how often Film goes on from all its motion frames, and not from the first alone. (How often a sample of
+        Pro's is a next clip its batches decide.)
     condition_drop: how often Talk hears nothing, or Dance sees no picture.
     grids: buckets of noise levels.
     modulate: an error is multiplied by a number in 1 - modulate to 1 + modulate.
@@ -117,15 +119,27 @@ class ErrorRecyclingRecipe:
             own = draw.of(row)
             if into["noise"][row]:
                 end[row] += self.sampled(view, "noise", "noise", shape, [bucket], own, like=end)
-            if into["image"][row] and image is not None and not without_picture[row]:
+            places = self.frames_of_image(image, row)
+            if into["image"][row] and places is not None and not without_picture[row]:
                 error = self.sampled(view, "image", "video", shape, self.buckets_for_image(bucket), own, like=image)
                 latest = max(0, error.shape[1] - self.image_frames)
                 first = latest if self.last_frames else own.integers("image_start", latest + 1).item()
-                # Channels of the mask stay; the first latent frames get it, however many frames were handed over.
-                image[row, 4:, : self.image_frames] += error[:, first : first + self.image_frames]
+                given = image[row, 4:, places]  # channels of the mask stay
+                given += error[:, first : first + given.shape[1]]
             if into["video"][row]:
                 start[row] += self.sampled(view, "video", "video", shape, [bucket], own, like=start)
         return start, end, replace(conditions, image=image)
+
+    def frames_of_image(self, image: Tensor | None, row: int) -> slice | None:
+        """The latent frames of a sample's condition that an error goes to; None without any. The first ones, however
+        many were handed over; of Pro those of the clip before, for by the picture the person is found again.
+        """
+        if image is None:
+            return None
+        if self.variant != "pro":
+            return slice(0, self.image_frames)
+        handed = slice(1, 1 + self.image_frames)
+        return handed if image[row, 4:, handed].any() else None
 
     def buckets_for_image(self, current: int) -> Sequence[int]:
         if self.image_buckets == "all":
@@ -159,10 +173,16 @@ class ErrorRecyclingRecipe:
     # --------------------------------------------------------------------------------------------------- errors out
 
     def loss(self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws) -> Tensor:
-        return mse(prediction, target) * self.noise.weight(sigma)
+        if (made := batch.parts.get("made")) is None:
+            return mse(prediction, target) * self.noise.weight(sigma)
+        of_made = per_sample(squared_error(prediction, target) * made) / per_sample(made)
+        return of_made * self.noise.weight(sigma)
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
-        velocity = (prediction.float() - target.float()).cpu()
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
+        velocity = prediction.float() - target.float()
+        velocity = (velocity * batch.parts["made"] if "made" in batch.parts else velocity).cpu()
         kept = (draw.uniform("clean") >= self.clean) | (draw.uniform("clean_update") < self.clean_update)
         buckets = error_buckets(sigma.cpu() * 1000, self.grid).tolist()
         rows = zip(draw.positions, buckets, sigma.tolist(), velocity, kept.tolist(), strict=True)

@@ -63,5 +63,7 @@ class StandInRecipe:
             losses = of_face.where((draw.uniform("face_loss") < self.face_loss).to(losses.device), losses)
         return losses * self.noise.weight(sigma)
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
         return []

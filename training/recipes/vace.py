@@ -55,7 +55,9 @@ class VaceRecipe:
             losses = torch.where(chosen.to(losses.device), of_mask, losses)
         return losses * self.noise.weight(sigma)
 
-    def errors(self, prediction: Tensor, target: Tensor, sigma: Tensor, draw: Draws) -> list[RecycledError]:
+    def errors(
+        self, prediction: Tensor, target: Tensor, sigma: Tensor, batch: Batch, draw: Draws
+    ) -> list[RecycledError]:
         return []
 
 
