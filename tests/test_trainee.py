@@ -109,6 +109,18 @@ def test_a_lora_has_the_key_names_of_released_files():
     assert {name for name in lora_tensors(with_lora()) if ".blocks.0." in name} == expected
 
 
+def test_readers_with_and_without_alpha_get_the_same_strength():
+    model = with_lora(rank=4, alpha=6)
+    layer = next(iter(lora_layers(model).values()))
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    tensors = lora_tensors(model)
+    first = next(name for name in tensors if name.endswith("lora_B.weight")).removesuffix(".lora_B.weight")
+    delta = tensors[f"{first}.lora_B.weight"] @ tensors[f"{first}.lora_A.weight"]
+    expected = 6 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(delta, expected)
+    assert tensors[f"{first}.alpha"] == 4
+
+
 def test_a_lora_stays_float32_on_a_bfloat16_base_and_trains():
     trainee = Trainee(with_lora(torch.bfloat16))
     select_trained(trainee, lambda name: BaseRecipe().trains(name, "lora"))

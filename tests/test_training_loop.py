@@ -137,6 +137,24 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, unbroken):
     assert_same(state_of(tmp_path), unbroken)
 
 
+def test_logs_are_whole_after_a_kill_in_the_middle_of_a_resume(tmp_path, unbroken, monkeypatch):
+    """The log is shortened to what is done: ended there, the next run finds all that was written before."""
+    with pytest.raises(Killed):
+        train(kill_at(make_run(tmp_path), 3))
+    (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 1}\n{"st')
+
+    def end(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(tmp_path), "write_text", end)
+        train(make_run(tmp_path))
+    assert len((tmp_path / "losses.jsonl").read_text().splitlines()) == 3
+    train(make_run(tmp_path))
+    assert_same(state_of(tmp_path), unbroken)
+    assert (tmp_path / "validation.jsonl").read_text() == '{"step": 2, "loss": 1}\n'
+
+
 def test_one_forward_pass_of_four_is_four_of_one(tmp_path, unbroken):
     train(make_run(tmp_path, "train.micro_batch=4"))
     assert_near(state_of(tmp_path), unbroken)

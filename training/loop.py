@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errors import InputError
+from preprocess.output import whole_file
 from preprocess.progress_bars import ProgressBars
 from training.checkpoint import check_same, latest_checkpoint, save_checkpoint
 from training.config import Config
@@ -90,6 +91,8 @@ def train(run: Run) -> None:
     config = run.config
     resume(run)
     losses_log = LossesLog(run.output / "losses.jsonl", run.step) if run.rank == 0 else None
+    if run.rank == 0:
+        keep_lines(run.output / "validation.jsonl", lambda _, line: step_of(line) <= run.step)
     saved_at, saved_step = time.monotonic(), run.step
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if run.videos is not None and run.step == 0:
@@ -307,6 +310,25 @@ def tensors_in(folder: Path, name: str) -> dict[str, Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
+def keep_lines(path: Path, is_kept: Callable[[int, str], bool]) -> None:
+    """Leave out lines of a log that a resumed run writes again. The file is replaced at once: a run that is killed here
+    has all of it or what is kept.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for number, line in enumerate(lines) if is_kept(number, line)]
+    if len(kept) < len(lines):
+        with whole_file(path) as part:
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def step_of(line: str) -> int:
+    """Of a line of a log; one that was cut off by a kill is of no step that was done."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return 2**62
+
+
 class LossesLog:
     """losses.jsonl: a line a step, with nothing in it that a resumed run would not repeat.
 
@@ -314,9 +336,8 @@ class LossesLog:
     """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        keep_lines(path, lambda number, line: number < step)
         self.path = path
 
     def write(self, record: dict) -> None:

@@ -160,13 +160,16 @@ def lora_layers(transformer: WanTransformer) -> dict[str, LoraLayer]:
 
 
 def lora_tensors(transformer: WanTransformer) -> dict[str, Tensor]:
-    """The LoRA under ComfyUI's names, with the alpha that makes its scale; every script takes it by --lora_path."""
+    """The LoRA under ComfyUI's names; every script takes it by --lora_path. Its scale is in the second factor and alpha
+    is the rank, so that readers which heed alpha and those which do not get the same strength.
+    """
     tensors = {}
     for name, layer in lora_layers(transformer).items():
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         key = f"diffusion_model.{name}"
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down.detach(), up.detach()
-        tensors[f"{key}.alpha"] = torch.tensor(layer.scaling["default"] * down.shape[0])
+        tensors[f"{key}.lora_A.weight"] = down.detach()
+        tensors[f"{key}.lora_B.weight"] = up.detach() * layer.scaling["default"]
+        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
     return tensors
 
 
