@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -135,6 +137,31 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, unbroken):
     assert latest_checkpoint(tmp_path).step == 3
     train(make_run(tmp_path))
     assert_same(state_of(tmp_path), unbroken)
+
+
+def test_a_run_that_the_system_kills_at_random_goes_on_to_the_same_bits(tmp_path):
+    """SIGKILL twice, with a save after every step, so that most of them fall into one."""
+    sets = ["train.steps=24", "save.every=1", "save.keep=2"]
+    train(make_run(tmp_path / "unbroken", *sets))
+    code = "import sys; from pathlib import Path; from tests.training_run import make_run, train; "
+    code += "train(make_run(Path(sys.argv[1]), *sys.argv[2:]))"
+    log_file, random = tmp_path / "killed" / "losses.jsonl", Random(5)
+
+    def written() -> int:
+        return len(log_file.read_text().splitlines()) if log_file.is_file() else 0
+
+    for _ in range(2):
+        before = written()
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed"), *sets], cwd=PROJECT)
+        deadline = time.monotonic() + 60
+        while written() < before + 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.15 * random.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < latest_checkpoint(tmp_path / "killed").step < 24
+    train(make_run(tmp_path / "killed", *sets))
+    assert_same(state_of(tmp_path / "killed", 24), state_of(tmp_path / "unbroken", 24))
 
 
 def test_logs_are_whole_after_a_kill_in_the_middle_of_a_resume(tmp_path, unbroken, monkeypatch):

@@ -167,7 +167,7 @@ def make_videos(run: Run, trainee: nn.Module, step: int) -> dict[str, float]:
 def make_video(command: list[str], output: Path) -> bool:
     """Whether the command has made its video; if not, a warning says why."""
     environment = {name: value for name, value in os.environ.items() if name not in PROCESS_GROUP}
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode == 0 and output.is_file():
         logger.info("validation video %s", output)
         return True
